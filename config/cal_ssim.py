@@ -1,0 +1,69 @@
+"""PSNR and SSIM, differentiable for training, and the protocol by which every score of this repository is measured.
+
+The protocol: the restored image is rounded to the 8 bits that would be saved and compared with the 8-bit truth, whole
+images, no border cut; a set's score is the mean over its images. `psnr` and `ssim` are taken on RGB (all three channels
+weigh alike), `psnr_y` and `ssim_y` on the luma of MATLAB's rgb2ycbcr (studio range 16..235, rounded to 8 bits).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+METRICS = ("psnr", "ssim", "psnr_y", "ssim_y")
+WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004
+
+
+def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal to noise ratio in dB of each image, (N, C, H, W) twice -> (N,); inf where the images are equal."""
+    return 10 * torch.log10(data_range**2 / (x - y).square().mean((1, 2, 3)))
+
+
+def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
+    """Structural similarity of each image, (N, C, H, W) against (N, C, H, W) -> (N,), the mean over the channels.
+
+    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03), where the window lies inside the image.
+    Raises ValueError where the shapes differ or an image is smaller than the window.
+    """
+    if x.shape != y.shape or x.dim() != 4 or min(x.shape[-2:]) < WINDOW:
+        raise ValueError(
+            f"ssim expects two batches (N, C, H, W) of one shape, H and W at least {WINDOW}; "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    channels = x.shape[1]
+    moments = torch.cat([x, y, x * x, y * y, x * y], 1)  # (N, 5 C, H, W)
+    distance = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    gaussian = torch.exp(-distance.square() / (2 * SIGMA**2))
+    gaussian = (gaussian / gaussian.sum()).expand(5 * channels, 1, 1, WINDOW)
+    moments = F.conv2d(moments, gaussian, groups=5 * channels)
+    moments = F.conv2d(moments, gaussian.transpose(2, 3), groups=5 * channels)
+    mean_x, mean_y, xx, yy, xy = moments.chunk(5, 1)
+    variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    )
+    return similarity.mean((1, 2, 3))
+
+
+def to_8bit(image: Tensor) -> Tensor:
+    """An image in [0, 1], clipped and rounded to the uint8 values 0..255 that a file would hold."""
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def luma(bgr: Tensor) -> Tensor:
+    """Y of MATLAB's rgb2ycbcr for 8-bit images: (N, 3, H, W) uint8 in BGR order -> (N, 1, H, W) float64, 16..235."""
+    weights = torch.tensor([24.966, 128.553, 65.481], dtype=torch.float64, device=bgr.device) / 255
+    return ((bgr * weights[:, None, None]).sum(1, keepdim=True) + 16).round()
+
+
+def scores(restored: Tensor, truth: Tensor) -> dict[str, float]:
+    """The four METRICS of one restored image against the truth, both (3, H, W) uint8 in BGR order.
+
+    An image smaller than SSIM's window has no SSIM: nan.
+    """
+    x, y = restored[None].double(), truth[None].double()
+    values = {}
+    for suffix, (a, b) in {"": (x, y), "_y": (luma(x), luma(y))}.items():
+        values["psnr" + suffix] = psnr(a, b, 255).item()
+        values["ssim" + suffix] = ssim(a, b, 255).item() if min(a.shape[-2:]) >= WINDOW else float("nan")
+    return values

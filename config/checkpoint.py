@@ -1,0 +1,92 @@
+"""Checkpoints: written whole or not at all, read without running code, found by name."""
+
+import dataclasses
+import io
+import pickle
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import settings as knobs
+from common import UserError
+from image_io import write_bytes
+from settings import Settings
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """Everything that is needed to go on as if never stopped; the learning rate follows from settings and step."""
+
+    network: dict[str, torch.Tensor]
+    step: int = 0
+    settings: Settings | None = None  # None: a checkpoint of the published code
+    optimizer: dict[str, Any] | None = None
+    random: dict[str, Any] | None = None  # PyTorch's generators; the crops' are functions of the step
+    best_psnr: float | None = None  # of the validation so far, dB
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint: temporary file, sync, rename. Raises UserError where it can't; the old file stays then."""
+    values = dataclasses.asdict(checkpoint)
+    values["versions"] = {"torch": str(torch.__version__), "python": platform.python_version()}
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **values}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint of this program, or of the published one (`net`, `clock`, `opt`), onto the CPU.
+
+    Raises UserError where the file holds code, is cut off, or is something else.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "nsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(f"{path} holds code besides weights and is not loaded: it could do anything") from None
+        raise UserError(f"{path} is no checkpoint, or is cut off") from None
+    except Exception as error:  # torch.load raises whatever its readers meet: zip, pickle, storage errors
+        raise UserError(f"{path} is no checkpoint, or is cut off ({type(error).__name__})") from None
+    if isinstance(values, dict) and {"net", "clock"} <= values.keys():
+        return Checkpoint(values["net"], int(values["clock"]), optimizer=values.get("opt"))
+    if not isinstance(values, dict) or not {"format", "network", "settings", "step"} <= values.keys():
+        raise UserError(f"{path} is no checkpoint of this program")
+    if values["format"] > FORMAT:
+        raise UserError(f"{path} was written by a newer version of this program: update it")
+    values = {key: value for key, value in values.items() if key != "format"}
+    values["settings"] = values["settings"] and knobs.from_dict(values["settings"])
+    return Checkpoint(**values)
+
+
+def find(name: str, model_dir: Path) -> Path:
+    """The file of a checkpoint: a path, a file of `model_dir` (`.pth` may be left off), or a run: its best, or latest.
+
+    Raises UserError with a list of what there is.
+    """
+    folder = model_dir / name
+    for path in (Path(name), folder, model_dir / f"{name}.pth", folder / "best.pth", folder / "latest.pth"):
+        if path.is_file():
+            return path
+    there = sorted(str(path.relative_to(model_dir).with_suffix("")) for path in model_dir.rglob("*.pth"))
+    listed = "there are " + ", ".join(there[:20]) + ", ..." * (len(there) > 20) if there else "there is none"
+    raise UserError(f"no checkpoint {name!r} in {model_dir}: {listed}")
+
+
+def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Put a checkpoint's weights into a network. Raises UserError where they belong to another architecture."""
+    wanted, given = network.state_dict(), checkpoint.network
+    wrong = sorted(wanted.keys() ^ given.keys())
+    wrong += [name for name in wanted if name in given and wanted[name].shape != given[name].shape]
+    if wrong:
+        raise UserError(
+            f"{path} belongs to another network ({wrong[0]} and {len(wrong) - 1} more differ): "
+            "choose the preset and settings that it was trained with"
+        )
+    network.load_state_dict(given)

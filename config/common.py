@@ -1,0 +1,36 @@
+"""What every script shares: where the repository is, the error that a user sees, and the log."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # paths hang on the repository, not on the caller's working directory
+log = logging.getLogger("sdsen")
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its text is one line: what is wrong, which file, what to do."""
+
+
+def set_up_log(level: str = "info") -> None:
+    """Send the program's log to standard output as plain lines, at `level` ("debug", "info", "warning", "error")."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(level.upper())
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `main.py -a models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,153 @@
+"""Paired images: random aligned crops for training, whole pairs for validation and test.
+
+One file a pair: the clean background `B` on the left half, the rainy image `O` on the right half, in cv2's BGR order.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import builtin
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common import ROOT, UserError, log
+from image_io import list_images, read_pair
+from settings import Settings
+
+Pair = tuple[np.ndarray, np.ndarray]  # B and O, each (H, W, 3) uint8
+TURNS = 30.0  # degrees to either side for aug_data "rotate", section 3.2
+
+
+def data_path(settings: Settings) -> Path:
+    """The data set's folder; without `data_dir` the built-in set, which is made on first use."""
+    if settings.data_dir:
+        return Path(settings.data_dir)
+    folder = ROOT / "data" / "builtin"
+    log.info(f"no data_dir: the built-in set in {folder}, scikit-image's photographs with drawn rain")
+    builtin.make_builtin(folder)
+    return folder
+
+
+def list_pairs(folder: Path) -> list[Path]:
+    """The pairs' files of one split. Raises UserError where the folder is missing or empty."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: a data set has the folders train, val and test; convert.py makes them")
+    paths = list_images(folder)
+    if not paths:
+        raise UserError(f"{folder} holds no images: put joined pairs there, or make them with convert.py")
+    return paths
+
+
+class CropDataset(Dataset):
+    """Random aligned crops of the pairs in `folder`.
+
+    Item i, the i-th sample of the whole training, is a function of (seed, i // batch_size, i % batch_size) alone: of
+    seed, step and sample. Each epoch goes through the pairs in an order of its own.
+
+    Raises UserError where a file is no pair or smaller than the patch; all files are looked at once, at the start.
+    """
+
+    def __init__(self, folder: Path, settings: Settings):
+        self.settings = settings
+        self.paths = list_pairs(folder)
+        self.kept: dict[int, Pair] = {}
+        room = settings.cache_gib * 2**30
+        with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
+            for index, (B, O) in enumerate(pool.map(self._read, self.paths)):
+                room -= 2 * B.nbytes
+                if room >= 0:
+                    self.kept[index] = (B, O)
+        log.info(f"{len(self.paths)} training pairs from {folder}, {len(self.kept)} of them kept in memory")
+
+    def _read(self, path: Path) -> Pair:
+        B, O = read_pair(path)
+        patch = self.settings.patch_size
+        if min(B.shape[:2]) < patch:
+            raise UserError(
+                f"{path} is a pair of {B.shape[1]}x{B.shape[0]} images, smaller than the patch of {patch}x{patch}: "
+                "remove it or lower --patch_size"
+            )
+        return np.ascontiguousarray(B), np.ascontiguousarray(O)
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
+        """The crops (O, B), each (3, patch, patch) uint8."""
+        settings, count = self.settings, len(self.paths)
+        epoch, position = divmod(sample, count)
+        index = int(_order(settings.seed, epoch, count)[position])
+        B, O = self.kept[index] if index in self.kept else self._read(self.paths[index])
+        rng = np.random.default_rng((settings.seed, *divmod(sample, settings.batch_size)))
+        crops = random_crop((O, B), settings.patch_size, settings.aug_data, rng)
+        return tuple(to_tensor(crop) for crop in crops)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def random_crop(images: Pair, patch: int, aug_data: str, rng: np.random.Generator) -> Pair:
+    """The same random crop (patch, patch, 3) of both images, turned as `aug_data` says.
+
+    Turning comes before cutting: the crop is taken where the turned image has pixels all over, so that no invented
+    border is learnt. For quarter turns, turning the crop is the same.
+    """
+    height, width = images[0].shape[:2]
+    if aug_data == "rotate":
+        return _turned_crop(images, patch, rng)
+    top = rng.integers(height - patch + 1)
+    left = rng.integers(width - patch + 1)
+    turns = rng.integers(4) if aug_data == "quarter_turns" else 0
+    return tuple(np.rot90(image[top : top + patch, left : left + patch], turns) for image in images)
+
+
+def _turned_crop(images: Pair, patch: int, rng: np.random.Generator) -> Pair:
+    """The crop of the image turned by -30..30 degrees, sampled at once: only the pixels of the crop are computed."""
+    height, width = images[0].shape[:2]
+    angle = np.deg2rad(rng.uniform(-TURNS, TURNS))
+    reach = _reach(angle, patch)
+    while 2 * reach > min(height, width) - 1:  # too small an image for this angle
+        angle = angle / 2 if abs(angle) > 1e-3 else 0.0
+        reach = _reach(angle, patch)
+    x = rng.uniform(reach, width - 1 - reach)
+    y = rng.uniform(reach, height - 1 - reach)
+    cos, sin, middle = np.cos(angle), np.sin(angle), (patch - 1) / 2
+    # WARP_INVERSE_MAP: the matrix takes a pixel of the crop to its place in the image.
+    matrix = np.array(
+        [[cos, -sin, x - middle * (cos - sin)], [sin, cos, y - middle * (sin + cos)]],
+    )
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return tuple(cv2.warpAffine(image, matrix, (patch, patch), flags=flags) for image in images)
+
+
+def _reach(angle: float, patch: int) -> float:
+    """Half the side of the upright square around a turned patch, in pixels."""
+    return (patch - 1) / 2 * (abs(np.cos(angle)) + abs(np.sin(angle)))
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def training_batches(dataset: CropDataset, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (O, B), each (N, 3, patch, patch) uint8, from step `first_step` to the last."""
+    settings = dataset.settings
+    loader = DataLoader(
+        dataset,
+        settings.batch_size,
+        sampler=range(first_step * settings.batch_size, settings.steps * settings.batch_size),
+        num_workers=settings.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def read_whole(path: Path) -> tuple[Tensor, Tensor]:
+    """A whole pair (O, B), each (3, H, W) uint8. Raises UserError as `image_io.read_pair` does."""
+    B, O = read_pair(path)
+    return to_tensor(O), to_tensor(B)

@@ -1,0 +1,140 @@
+"""Group convolutions over p4 (translations and quarter turns) and p4m (with mirrors), drop-in for GrouPy's layers.
+
+Cohen and Welling, "Group Equivariant Convolutional Networks", ICML 2016; equations 2 and 3 of the S-DSEN paper.
+A feature map on the group has shape (N, C, S, H, W): S = 4 orientations for p4, 8 for p4m. A group convolution is an
+ordinary convolution with a bank of transformed copies of each filter: each transformation of the group acts on the
+plane of the filter and permutes the filter's own orientation axis.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _turn(weight: Tensor, r: int) -> Tensor:
+    """Filters (O, I, S, k, k) turned by r quarter turns counter-clockwise; S = 1, 4 or 8 orientations move alike."""
+    if weight.shape[2] > 1:
+        weight = torch.cat([weight[:, :, :4].roll(r, 2), weight[:, :, 4:].roll(-r, 2)], 2)  # mirrored ones turn back
+    return torch.rot90(weight, r, (-2, -1))
+
+
+def _mirror(weight: Tensor) -> Tensor:
+    """Filters (O, I, S, k, k) mirrored top to bottom; with S = 8, plain and mirrored orientations change places."""
+    return weight.flip(-2).roll(4, 2) if weight.shape[2] == 8 else weight.flip(-2)
+
+
+class GroupConv2d(nn.Module):
+    """Convolution from the plane or a group to a group; the four layers below fix the orientations of both sides.
+
+    Arguments as `nn.Conv2d`; `in_channels` and `out_channels` count regular channels, each of which has S orientations.
+    Input (N, in_channels, in_orientations, H, W), without the orientation axis where it has length 1.
+    Output (N, out_channels, out_orientations, H', W').
+    State dict as GrouPy's: `weight (O, I, in_orientations, k, k)`, `bias (O)`, one bias for all orientations.
+    Raises ValueError where the arguments or the input's rank, shape or device do not fit.
+    """
+
+    in_orientations: int
+    out_orientations: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if height != width or height < 1:
+            raise ValueError(f"a group convolution turns its filters, which must be square; got {kernel_size}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.padding = height, stride, padding
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, self.in_orientations, height, height))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self._kept: tuple | None = None  # (what the filters were made from, filters, bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as GrouPy does: uniform within 1 / sqrt(I k k), without the factor S of the fan-in."""
+        bound = 1 / math.sqrt(self.in_channels * self.kernel_size**2)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def filter_bank(self) -> tuple[Tensor, Tensor | None]:
+        """The ordinary convolution's filters (O * S', I * S, k, k) and bias (O * S').
+
+        In eval mode without gradients they are made once and kept until the parameters change.
+        """
+        kept = None
+        if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A parameter is told by its storage and its count of in-place writes; `_apply` (.to(), .half()) forgets
+            # what was kept, because new storage may lie at an old address. Inference tensors keep no count.
+            parameters = [p for p in (self.weight, self.bias) if p is not None]
+            if not any(p.is_inference() for p in parameters):
+                kept = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        if kept is not None and self._kept is not None and self._kept[0] == kept:
+            return self._kept[1:]
+        bank = [_turn(self.weight, r) for r in range(4)]
+        if self.out_orientations == 8:
+            bank += [_mirror(filters) for filters in bank]
+        # (O, S', I, S, k, k) -> (O * S', I * S, k, k)
+        filters = torch.stack(bank, 1).flatten(0, 1).flatten(1, 2)
+        bias = None if self.bias is None else self.bias.repeat_interleave(self.out_orientations)
+        if kept is not None:
+            self._kept = (kept, filters, bias)
+        return filters, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_orientations == 1 and x.dim() == 4:
+            x = x.unsqueeze(2)  # (N, C, H, W) -> (N, C, 1, H, W)
+        if x.dim() != 5 or tuple(x.shape[1:3]) != (self.in_channels, self.in_orientations):
+            shape = f"(N, {self.in_channels}, {self.in_orientations}, H, W)".replace(", 1,", ",")
+            raise ValueError(f"{type(self).__name__} expects an input of shape {shape}, got {tuple(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(
+                f"{type(self).__name__} has its weights on {self.weight.device}, but the input is on {x.device}"
+            )
+        filters, bias = self.filter_bank()
+        y = F.conv2d(x.flatten(1, 2), filters, bias, self.stride, self.padding)  # (N, O * S', H', W')
+        return y.unflatten(1, (self.out_channels, self.out_orientations))  # (N, O, S', H', W')
+
+    def _apply(self, *arguments, **keywords):
+        self._kept = None
+        return super()._apply(*arguments, **keywords)
+
+    def __getstate__(self) -> dict:  # copies and pickles make their own filters
+        return {**super().__getstate__(), "_kept": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, bias={self.bias is not None}"
+        )
+
+
+class P4ConvZ2(GroupConv2d):
+    """From the plane to p4 (equation 3): input (N, C, H, W), output (N, C', 4, H', W')."""
+
+    in_orientations, out_orientations = 1, 4
+
+
+class P4ConvP4(GroupConv2d):
+    """From p4 to p4 (equation 2): input (N, C, 4, H, W), output (N, C', 4, H', W')."""
+
+    in_orientations, out_orientations = 4, 4
+
+
+class P4MConvZ2(GroupConv2d):
+    """From the plane to p4m: input (N, C, H, W), output (N, C', 8, H', W')."""
+
+    in_orientations, out_orientations = 1, 8
+
+
+class P4MConvP4M(GroupConv2d):
+    """From p4m to p4m: input (N, C, 8, H, W), output (N, C', 8, H', W')."""
+
+    in_orientations, out_orientations = 8, 8

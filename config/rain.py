@@ -1,0 +1,289 @@
+"""Draws rain on clean images: grey additive streaks, `O = clip(B + R)`, in styles fitted to the data sets of the paper.
+
+    python config/rain.py draw CLEAN PAIRS --style rain100h --count 5
+    python config/rain.py compare PAIRS --style rain100h
+"""
+
+import argparse
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, cos, log1p, nan, radians, sqrt, tan
+from pathlib import Path
+from statistics import NormalDist
+
+import cv2
+import numpy as np
+
+from common import UserError, log, run_script, set_up_log
+from image_io import list_images, read_image, read_pair, to_bgr8, write_image
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Streaks:
+    """One kind of streaks. Every set of this kind draws its own values from these ranges.
+
+    Hard streaks are single noise pixels drawn out to lines: their brightness is constant, they end square and add up
+    where they cross. Soft streaks are blurred noise of which only what exceeds a threshold is left: they taper.
+    """
+
+    hard: bool
+    sets: tuple[int, int]  # how many sets of this kind a picture holds, both ends included
+    turn: Range  # degrees that a set leans from the picture's main direction, to either side; mostly near the lower end
+    length: Range  # pixels, log-uniform
+    width: Range  # pixels, uniform: the full width of a hard streak; the blur of a soft one's noise at half its height
+    coverage: Range  # share of the pixels, 0..1, uniform, that one set covers
+    level: Range  # grey levels, log-uniform: of hard streaks the mean of a line, of soft ones that of what they cover
+
+
+@dataclass(frozen=True)
+class RainStyle:
+    """How the rain of one data set looks."""
+
+    angle: float  # degrees: a picture's main direction is uniform in -angle..angle; vertical = 0; with a turn below 60
+    streaks: tuple[Streaks, ...]
+    strength: Range = (1.0, 1.0)  # factor on all levels of one picture, log-uniform
+
+
+# Fitted until `compare` printed two like columns and the pictures looked alike side by side.
+STYLES = {
+    # To 18 real pairs: up to eight sets that overlap; nearly every picture mixes hard and soft ones.
+    "rain100h": RainStyle(
+        angle=10,
+        strength=(0.85, 1.15),
+        streaks=(
+            Streaks(True, (0, 5), (0, 12), (35, 160), (1.3, 2.2), (0.2, 0.45), (32, 64)),
+            Streaks(False, (1, 2), (0, 14), (25, 120), (1.2, 2.0), (0.2, 0.45), (18, 42)),
+            Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20)),  # faint, across the others
+        ),
+    ),
+    # To published figures: one direction, sparse and soft.
+    "rain100l": RainStyle(
+        angle=25,
+        streaks=(Streaks(False, (1, 1), (0, 0), (20, 60), (1.2, 2.0), (0.19, 0.27), (9, 62)),),
+    ),
+    # To the 700 real training pairs. Their rain is blended as "screen" does, weaker where B is bright, and B is often
+    # darkened or given more contrast besides. R here doesn't depend on B: it has the mean look of max(O - B, 0).
+    "rain800": RainStyle(
+        angle=22,
+        strength=(0.75, 2.2),
+        streaks=(Streaks(False, (1, 1), (0, 0), (10, 65), (0.8, 2.2), (0.4, 0.9), (13, 20)),),
+    ),
+}
+
+
+def render(height: int, width: int, style: RainStyle, rng: np.random.Generator) -> np.ndarray:
+    """Draw one rain layer R, (height, width) uint8 in grey levels. The same generator state gives the same layer."""
+    rain = np.zeros((height, width), np.float32)
+    main = rng.uniform(-style.angle, style.angle)
+    strength = _log_uniform(style.strength, rng)
+    for kind in style.streaks:
+        for _ in range(rng.integers(kind.sets[0], kind.sets[1] + 1)):
+            turn = kind.turn[0] + (kind.turn[1] - kind.turn[0]) * rng.uniform() ** 2
+            angle = main + turn * rng.choice((-1, 1))
+            rain += _set(height, width, angle, kind, strength * _log_uniform(kind.level, rng), rng)
+    return cv2.convertScaleAbs(rain)  # rounds, clips at 255
+
+
+def add_rain(clean: np.ndarray, style: RainStyle, rng: np.random.Generator) -> np.ndarray:
+    """Rain on a clean image: `O = clip(B + R)`, both (H, W, 3) uint8."""
+    return cv2.add(clean, cv2.merge([render(*clean.shape[:2], style, rng)] * 3))  # cv2.add saturates at 255
+
+
+def _set(height: int, width: int, angle: float, kind: Streaks, level: float, rng: np.random.Generator) -> np.ndarray:
+    """One set, (height, width) float32: vertical streaks sheared by `angle` degrees; positive leans as "/" does.
+
+    Filtering along the columns and shearing takes the same few milliseconds for every length, a turned kernel doesn't.
+    """
+    slope = tan(radians(angle))
+    canvas_width = width + ceil(height * abs(slope)) + 2
+    length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
+    across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
+    draw = _hard_streaks if kind.hard else _soft_streaks
+    canvas = draw(height, canvas_width, length, across, rng.uniform(*kind.coverage), level, rng)
+    # The shift by a part of a pixel keeps vertical streaks from lying exactly on the columns.
+    left = rng.uniform(0, 1) + max(0.0, -slope * height)
+    shear = np.array([[1, slope, left], [0, 1, 0]])
+    return cv2.warpAffine(canvas, shear, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def _hard_streaks(
+    height: int, width: int, length: int, across: float, coverage: float, level: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(height, width) float32: vertical lines of one length, each of one brightness, that add up where they overlap."""
+    rows = height + length  # the canvas is longer than the image, so that streaks enter it from outside
+    count = rng.poisson(-log1p(-coverage) * rows * width / (length * across))
+    # Brightness varies from line to line as what exceeds a threshold in noise does.
+    brightness = level * (0.65 + 0.35 * rng.standard_exponential(count, dtype=np.float32))
+    lines = np.zeros((rows, width), np.float32)
+    lines.reshape(-1)[rng.integers(0, rows * width, count)] = brightness
+    lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)
+    edge = (across - 1) / 2
+    return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))[length // 2 : length // 2 + height]
+
+
+def _soft_streaks(
+    height: int, width: int, length: int, across: float, coverage: float, level: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(height, width) float32: noise blurred along and across, less the threshold that `coverage` of it exceeds."""
+    rows = height + length
+    noise = rng.integers(0, 256, (rows, width), np.uint8)
+    # Two boxes in a row give even tapers; one would give the ragged profile of a random walk.
+    first, second = max(1, round(0.65 * length)), max(1, round(0.35 * length))
+    blurred = cv2.boxFilter(cv2.boxFilter(noise, cv2.CV_32F, (1, first)), -1, (1, second))
+    blur = cv2.getGaussianKernel(2 * ceil(across) + 1, across / 2.355)  # 2.355 sigma is the width at half height
+    blurred = cv2.sepFilter2D(blurred, -1, blur, np.ones(1))[length // 2 : length // 2 + height]
+    # The deviation of what is left of the noise (uniform over 0..255) follows from the kernels' weights.
+    along = np.convolve(np.full(first, 1 / first), np.full(second, 1 / second))
+    deviation = sqrt((256**2 - 1) / 12 * (along**2).sum() * (blur**2).sum())
+    normal = NormalDist()
+    threshold = normal.inv_cdf(1 - coverage)
+    excess = normal.pdf(threshold) / coverage - threshold  # mean of a normal value over the threshold, in deviations
+    gain = level / (excess * deviation)
+    return np.maximum(blurred * gain - (127.5 + threshold * deviation) * gain, 0)
+
+
+def _log_uniform(bounds: Range, rng: np.random.Generator) -> float:
+    return float(np.exp(rng.uniform(*np.log(bounds))))
+
+
+FIGURES = ("mean of R", "90th percentile", "99th percentile", "% with R > 8", "% saturated")
+QUARTILES = (0, 25, 50, 75, 100)
+
+# Published figures of Rain100L's rain as (min, 25%, median, 75%, max) over its pictures; nan where none is given.
+PUBLISHED_RAIN100L = np.array(
+    [[1.7, nan, 5.4, nan, 16], [nan, nan, 19, nan, nan], [nan, nan, 58, nan, nan], [8, nan, 19, nan, 22], [nan] * 5]
+)
+
+
+def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
+    """The FIGURES of one pair, (5,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
+    rain = _rain_layer(clean, rainy)
+    return np.array(
+        [
+            rain.mean(),
+            *np.percentile(rain, (90, 99)),
+            100 * (rain > 8).mean(),
+            100 * (rainy.min(axis=2) == 255).mean(),
+        ]
+    )
+
+
+def angle_histogram(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
+    """Shares, (12,), of the rain's energy that runs at -75, -60, .. 90 degrees (vertical = 0, positive leans as "/").
+
+    The direction is the structure tensor's, the weight the difference of its eigenvalues.
+    """
+    rain = cv2.GaussianBlur(_rain_layer(clean, rainy), (0, 0), 1)
+    dx, dy = cv2.Sobel(rain, cv2.CV_32F, 1, 0), cv2.Sobel(rain, cv2.CV_32F, 0, 1)
+    difference, product = (cv2.GaussianBlur(term, (0, 0), 3) for term in (dx * dx - dy * dy, 2 * dx * dy))
+    angle = np.degrees(np.arctan2(product, difference)) / 2  # -90..90
+    bins = np.round(angle / 15).astype(int) + 6
+    bins[bins == 0] = 12  # -90 is the same direction as 90
+    energy = np.bincount(bins.ravel(), np.hypot(difference, product).ravel(), minlength=13)[1:]
+    return energy / max(energy.sum(), 1e-9)
+
+
+def _rain_layer(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
+    difference = cv2.subtract(rainy, clean, dtype=cv2.CV_32F)
+    return np.maximum(difference.mean(axis=2), 0)
+
+
+def compare(paths: list[Path], name: str, count: int, seed: int) -> str:
+    """The table of real pairs against `count` renderings of the style `name` on each of their clean halves."""
+    real, rendered, real_angles, rendered_angles = [], [], [], []
+    for path in paths:
+        clean, rainy = read_pair(path)
+        real.append(measure(clean, rainy))
+        real_angles.append(angle_histogram(clean, rainy))
+        for number in range(count):
+            drawn = add_rain(clean, STYLES[name], _generator(seed, path, number))
+            rendered.append(measure(clean, drawn))
+            rendered_angles.append(angle_histogram(clean, drawn))
+    real_quartiles, left = np.percentile(real, QUARTILES, axis=0).T, f"real ({len(real)} pairs)"
+    if name == "rain100l":
+        real_quartiles, left = PUBLISHED_RAIN100L, "Rain100L's published figures"
+    rendered_quartiles = np.percentile(rendered, QUARTILES, axis=0).T
+    columns = "".join(f"{column:>7}" for column in ("min", "25%", "50%", "75%", "max"))
+    lines = [f"{'':16}  {left:>35}  {f'{name} ({len(rendered)} rendered)':>35}", f"{'':16}  {columns}  {columns}"]
+    for figure, *rows in zip(FIGURES, real_quartiles, rendered_quartiles, strict=True):
+        cells = ("".join(f"{'-' if np.isnan(value) else f'{value:.1f}':>7}" for value in row) for row in rows)
+        lines.append("  ".join((f"{figure:16}", *cells)))
+    angles = "".join(f"{angle:>5}" for angle in range(-75, 91, 15))
+    lines += ["", f"{'degrees (0 = |)':16}  {angles}"]
+    # The angles of the pairs given are shown with rain100l too: the published figures hold no histogram.
+    for title, shares in (("% of pairs", real_angles), (f"% of {name}", rendered_angles)):
+        lines.append(f"{title:16}  " + "".join(f"{100 * share:>5.0f}" for share in np.mean(shares, axis=0)))
+    return "\n".join(lines)
+
+
+def draw(source: Path, target: Path, name: str, count: int, seed: int) -> int:
+    """Write `count` joined pairs, B left and O right, for each clean image of `source`; returns how many were written.
+
+    A second call writes the same files again. Raises UserError where two images would get the same name.
+    """
+    paths = _images(source)
+    if target.resolve() == (source if source.is_dir() else source.parent).resolve():
+        raise UserError(f"{target} holds the clean images: give another folder for the pairs")
+    stems = [path.stem for path in paths]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice:
+        raise UserError(f"{source} holds two images called {twice}: rename one, as their pairs would share a name")
+    for path in paths:
+        clean = to_bgr8(read_image(path))
+        for number in range(count):
+            drawn = add_rain(clean, STYLES[name], _generator(seed, path, number))
+            write_image(target / f"{path.stem}_x{number + 1}.png", np.hstack([clean, drawn]))
+    return len(paths) * count
+
+
+def _generator(seed: int, path: Path, number: int) -> np.random.Generator:
+    """A picture's rain depends on its own name, not on which others lie beside it."""
+    return np.random.default_rng([seed, zlib.crc32(path.stem.encode()), number])
+
+
+def _images(source: Path) -> list[Path]:
+    paths = list_images(source) if source.is_dir() else [source]
+    if not paths:
+        raise UserError(f"{source} holds no images: give a folder of PNG or JPEG files, or one file")
+    return paths
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise ValueError
+        return int(text)
+
+    whole_number.__name__ = f"whole number from {lowest} on"  # argparse's message: "invalid ... value: '-1'"
+    return whole_number
+
+
+def main(arguments: list[str]) -> None:
+    """The command line: `draw` and `compare`."""
+    parser = argparse.ArgumentParser(description="Draw rain on clean images, or compare drawn rain with real pairs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("draw", help="write joined pairs (B left, O right) of clean images")
+    drawing.add_argument("source", type=Path, metavar="CLEAN", help="a clean image or a folder of them")
+    drawing.add_argument("target", type=Path, metavar="PAIRS", help="the folder to write name_x1.png, .. into")
+    comparing = commands.add_parser("compare", help="print figures of real pairs and of rain drawn on their clean half")
+    comparing.add_argument("source", type=Path, metavar="PAIRS", help="a folder of joined pairs (B left, O right)")
+    for command in (drawing, comparing):
+        command.add_argument("--style", choices=STYLES, default="rain100h", help="default: %(default)s")
+        command.add_argument(
+            "--count", type=_at_least(1), default=1, help="renderings of each picture; default: %(default)s"
+        )
+        command.add_argument("--seed", type=_at_least(0), default=0, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    set_up_log()
+    if options.command == "draw":
+        written = draw(options.source, options.target, options.style, options.count, options.seed)
+        log.info("%d pairs with %s rain are in %s", written, options.style, options.target)
+    else:
+        log.info(compare(_images(options.source), options.style, options.count, options.seed))
+
+
+if __name__ == "__main__":
+    run_script(main)

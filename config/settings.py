@@ -1,0 +1,206 @@
+"""Every knob of the program: one dataclass, its checks, and the command line that overrides it.
+
+The defaults are the paper's S-DSEN. A preset (presets.py) changes a few of them, the command line (`--name value`)
+changes any. A relative path in this file or in a preset starts at the repository; one that is typed on the command line
+starts at the caller's working directory, as everywhere in a shell.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import presets
+from common import ROOT, UserError
+
+
+def knob(default: Any, text: str, *, choices: Sequence[str] = (), minimum: float | None = None, path: bool = False):
+    """A field of `Settings` with its description and the values that it may take."""
+    metadata = {"text": text, "choices": choices, "minimum": minimum, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    # What is built: see model.DSEN.
+    channel: int = knob(10, "regular channels of every layer (paper: 10 in DSEN, 20 in the CNN)", minimum=2)
+    depth: int = knob(7, "layers, of which depth - 3 are P4ConvP4 layers with a residual (paper: 7)", minimum=4)
+    stage_num: int = knob(8, "stages, which share their weights (paper: 1, 2, 4, 6 and 8)", minimum=1)
+    group: str = knob("p4", "symmetry of the convolutions; z2 makes them ordinary ones", choices=("p4", "z2"))
+    aggregation: str = knob(
+        "conv", "gathering of the orientations: 5x5 convolution or orientation pooling", choices=("conv", "max", "mean")
+    )
+    use_se: bool = knob(True, "squeeze-and-excitation block behind the aggregation (paper: true)")
+    link: str = knob(
+        "concat", "link from a stage to the next: concat is self-refining, add is SC", choices=("concat", "add", "none")
+    )
+
+    # What it is trained on.
+    data_dir: str = knob("", "folder with train, val and test; empty: the built-in set", path=True)
+    aug_data: str = knob(
+        "none",
+        "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA)",
+        choices=("none", "rotate", "quarter_turns"),
+    )
+    patch_size: int = knob(64, "side of the training crops, pixels (paper: 64)", minimum=1)
+    batch_size: int = knob(64, "crops in a step (paper: 64)", minimum=1)
+    num_workers: int = knob(0, "processes that cut the crops; 0 cuts them in the training process", minimum=0)
+    cache_gib: float = knob(16.0, "decoded training images kept in memory, GiB; the rest is decoded anew", minimum=0)
+
+    # How it is trained.
+    steps: int = knob(20000, "steps of training in all (paper: learning rate falls at 15000 and 17500)", minimum=1)
+    lr: float = knob(5e-4, "Adam's first learning rate (paper: 5e-4)", minimum=0)
+    milestones: tuple[int, ...] = knob((15000, 17500), "steps at which lr is divided by 10 (paper: 15000 17500)")
+    loss: str = knob(
+        "mse",
+        "summed over the stages: mse or l1 of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",
+        choices=("mse", "l1", "ssim"),
+    )
+    seed: int = knob(0, "seed of the initial weights and of the crops", minimum=0)
+    val_images: int = knob(10, "validation pairs scored at each validation, spread over val; 0: all", minimum=0)
+    log_steps: int = knob(50, "steps between two lines of the log and points of the curves", minimum=1)
+    save_steps: int = knob(500, "steps between two validations, each with a checkpoint step_N", minimum=1)
+    save_minutes: float = knob(5.0, "minutes after which the checkpoint `latest` is written in any case", minimum=0)
+
+    # Where things lie, and on what it runs.
+    run: str = knob("", "name of the run's folders in model_dir, log_dir and show_dir; empty: the preset's name")
+    model_dir: str = knob("models", "folder of the checkpoints", path=True)
+    log_dir: str = knob("logdir", "folder of the TensorBoard events, logs and scores", path=True)
+    show_dir: str = knob("showdir", "folder of the derained images and the gallery", path=True)
+    device: str = knob("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
+    log_level: str = knob("info", "least level that is printed", choices=("debug", "info", "warning", "error"))
+
+    @property
+    def model_path(self) -> Path:
+        return Path(self.model_dir) / self.run
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.log_dir) / self.run
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+TYPES = typing.get_type_hints(Settings)
+NETWORK = ("channel", "depth", "stage_num", "group", "aggregation", "use_se", "link")  # what fixes the network
+
+
+def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
+    """Defaults, then the preset, then the overrides. Raises UserError on an unknown name or an impossible value."""
+    if preset not in presets.PRESETS:
+        raise UserError(f"unknown preset {preset!r}{_nearest(preset, presets.PRESETS)}")
+    return replace(Settings(), {"run": preset, **presets.PRESETS[preset].differences, **(overrides or {})})
+
+
+def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
+    """A copy of `settings` with some values changed, checked. Raises UserError as `resolve` does."""
+    for name, value in overrides.items():
+        if name not in FIELDS:
+            raise UserError(f"unknown setting {name!r}{_nearest(name, FIELDS)}")
+        _check_value(name, value)
+    settings = dataclasses.replace(settings, **overrides)
+    paths = {
+        name: str(ROOT / value)
+        for name, field in FIELDS.items()
+        if field.metadata["path"] and (value := getattr(settings, name))
+    }
+    settings = dataclasses.replace(settings, **paths)
+    if settings.group == "z2" and settings.aggregation != "conv":
+        raise UserError("aggregation max and mean pool orientations, which ordinary convolutions (group z2) lack")
+    if list(settings.milestones) != sorted(set(settings.milestones)) or min(settings.milestones, default=1) < 1:
+        raise UserError(f"milestones must be rising steps from 1 on, got {settings.milestones}")
+    if settings.run in (".", "..") or set(settings.run) & set("/\\"):
+        raise UserError(f"run is the name of a folder, without slashes, got {settings.run!r}")
+    return settings
+
+
+def from_dict(values: dict[str, Any]) -> Settings:
+    """The settings that a checkpoint stores; names that this version does not know are left aside."""
+    known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in FIELDS}
+    return replace(Settings(), known)
+
+
+def describe(settings: Settings) -> str:
+    """The settings as lines of `name = value`."""
+    return "\n".join(f"  {name} = {_text(getattr(settings, name))}" for name in FIELDS)
+
+
+def parse(text: list[str], name: str) -> Any:
+    """The value of setting `name` from its words on the command line. Raises UserError on a wrong type."""
+    if name not in FIELDS:
+        raise UserError(f"unknown setting --{name}{_nearest(name, FIELDS, '--')}")
+    kind = TYPES[name]
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(int(word) for word in text)
+        (word,) = text
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[word.lower()]
+        if FIELDS[name].metadata["path"] and word:
+            return os.path.abspath(Path(word).expanduser())
+        return kind(word)
+    except (ValueError, KeyError):
+        wanted = {bool: "true or false", int: "one whole number", float: "one number", str: "one word"}
+        raise UserError(
+            f"--{name} takes {wanted.get(kind, 'whole numbers')}, got {' '.join(text) or 'nothing'!r}"
+        ) from None
+
+
+def read_overrides(words: list[str]) -> dict[str, Any]:
+    """`--name value`, `--name=value` and `--name value value` as a dict. Raises UserError on anything else."""
+    values: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, rest = word[2:].partition("=")
+            if name in values:
+                raise UserError(f"--{name} is given twice")
+            values[name] = [rest] if equals else []
+        elif name is None:
+            raise UserError(f"{word!r} stands alone: settings are given as --name value")
+        else:
+            values[name].append(word)
+    return {name: parse(text, name) for name, text in values.items()}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser whose help lists every setting; settings themselves are read by `read_overrides`."""
+    lines = []
+    for name, field in FIELDS.items():
+        choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
+        lines.append(f"  --{name} {_text(field.default) or chr(39) * 2}{choices}\n        {field.metadata['text']}")
+    return argparse.ArgumentParser(
+        description=description,
+        epilog="settings and their defaults:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _check_value(name: str, value: Any) -> None:
+    kind, metadata = TYPES[name], FIELDS[name].metadata
+    expected = tuple if isinstance(kind, types.GenericAlias) else kind
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise UserError(f"{name} must be of type {expected.__name__}, got {value!r}")
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise UserError(f"{name} can't be {value!r}{_nearest(value, metadata['choices'])}")
+    if metadata["minimum"] is not None and not metadata["minimum"] <= value < float("inf"):
+        raise UserError(f"{name} must be at least {metadata['minimum']}, got {value}")
+
+
+def _nearest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(str(word), list(known), 1, 0.5)
+    if close:
+        return f"; the nearest is {prefix}{close[0]}"
+    return "; there are " + ", ".join(prefix + name for name in known)
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
