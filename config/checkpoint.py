@@ -48,10 +48,8 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "nsupported" in str(error) or "GLOBAL" in str(error):
-            raise UserError(f"{path} holds code besides weights and is not loaded: it could do anything") from None
-        raise UserError(f"{path} is no checkpoint, or is cut off") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than weights: another kind of file, or code, which isn't run") from None
     except Exception as error:  # torch.load raises whatever its readers meet: zip, pickle, storage errors
         raise UserError(f"{path} is no checkpoint, or is cut off ({type(error).__name__})") from None
     if isinstance(values, dict) and {"net", "clock"} <= values.keys():

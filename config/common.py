@@ -16,11 +16,10 @@ class UserError(Exception):
 
 def set_up_log(level: str = "info") -> None:
     """Send the program's log to standard output as plain lines, at `level` ("debug", "info", "warning", "error")."""
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
     log.setLevel(level.upper())
 
 

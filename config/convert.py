@@ -42,6 +42,7 @@ LAYOUTS = {
     "rain12": Layout(False, "rain12$", only="test"),
     "rain1200": Layout(True, "1200|did-?mdn|^rain_(heavy|medium|light)$"),
     "rain1400": Layout(False, "1400|rainy_image_dataset"),
+    "joined": Layout(True, "$^"),  # any other set of which each file holds both halves
 }
 # Real rain has no ground truth; streak and region are the rain alone, which the releases of Rain100H and L add.
 NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|(^|[-_ ])real")
@@ -124,7 +125,9 @@ def find_images(set_name: str, root: Path, data_dir: Path, report: dict, split: 
     found = defaultdict(list)
     for folder, subfolders, _ in os.walk(root):
         folder = Path(folder)
-        subfolders[:] = sorted(s for s in subfolders if s[0] not in "._" and (folder / s).resolve() != data_dir)
+        subfolders[:] = sorted(
+            s for s in subfolders if s[0] != "." and s != "__MACOSX" and (folder / s).resolve() != data_dir
+        )
         parts = folder.relative_to(root).parts
         everything = [path for path in list_images(folder) if path.name[0] != "."]
         images = [path for path in everything if not NO_PAIR_FILE.match(path.stem.lower())]
@@ -390,7 +393,8 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read and check the command line. Raises UserError."""
     parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=[*LAYOUTS, "folders"], help="folders: any two folders, paired by name")
+    sets = [*LAYOUTS, "folders"]
+    parser.add_argument("set", choices=sets, help="joined: any joined files; folders: any two folders, paired by name")
     parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
     parser.add_argument("--train", type=Path, help="instead of SOURCE: the folder of the training pairs")
     parser.add_argument("--test", type=Path, help="instead of SOURCE: the folder of the test pairs")

@@ -3,18 +3,20 @@
 One file a pair: the clean background `B` on the left half, the rainy image `O` on the right half, in cv2's BGR order.
 """
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-import builtin
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+import builtin
 from common import ROOT, UserError, log
 from image_io import list_images, read_pair
 from settings import Settings
@@ -58,7 +60,9 @@ class CropDataset(Dataset):
         self.kept: dict[int, Pair] = {}
         room = settings.cache_gib * 2**30
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
-            for index, (B, O) in enumerate(pool.map(self._read, self.paths)):
+            pairs = pool.map(self._read, self.paths)
+            bar = tqdm(pairs, "first scan", len(self.paths), disable=not sys.stderr.isatty(), leave=False)
+            for index, (B, O) in enumerate(bar):
                 room -= 2 * B.nbytes
                 if room >= 0:
                     self.kept[index] = (B, O)
@@ -143,6 +147,7 @@ def training_batches(dataset: CropDataset, first_step: int, device: torch.device
         sampler=range(first_step * settings.batch_size, settings.steps * settings.batch_size),
         num_workers=settings.num_workers,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's generator
     )
     return iter(loader)
 

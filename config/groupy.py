@@ -89,11 +89,12 @@ class GroupConv2d(nn.Module):
         return filters, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        given = tuple(x.shape)
         if self.in_orientations == 1 and x.dim() == 4:
             x = x.unsqueeze(2)  # (N, C, H, W) -> (N, C, 1, H, W)
         if x.dim() != 5 or tuple(x.shape[1:3]) != (self.in_channels, self.in_orientations):
             shape = f"(N, {self.in_channels}, {self.in_orientations}, H, W)".replace(", 1,", ",")
-            raise ValueError(f"{type(self).__name__} expects an input of shape {shape}, got {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__} expects an input of shape {shape}, got {given}")
         if x.device != self.weight.device:
             raise ValueError(
                 f"{type(self).__name__} has its weights on {self.weight.device}, but the input is on {x.device}"

@@ -36,7 +36,7 @@ import settings as knobs
 from cal_ssim import METRICS
 from checkpoint import Checkpoint
 from common import UserError, log, run_script, set_up_log
-from dataset import CropDataset, data_path, list_pairs, training_batches
+from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
 from evaluate import open_network, pick_device, score_pairs
 from image_io import write_bytes, write_image
 from presets import PRESETS
@@ -140,6 +140,8 @@ class Trainer:
         paths = list_pairs(folder / "val")
         count = min(settings.val_images or len(paths), len(paths))
         self.validation = [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
+        for path in self.validation:  # a file that can't be read is told now, not in the middle of the training
+            read_whole(path)
         log.info(f"validation on {count} of the {len(paths)} whole pairs in {folder / 'val'}, the same ones every time")
 
     def _resume(self, start: Checkpoint, source: Path) -> None:

@@ -1,7 +1,7 @@
 """Draws rain on clean images: grey additive streaks, `O = clip(B + R)`, in styles fitted to the data sets of the paper.
 
-    python config/rain.py draw CLEAN PAIRS --style rain100h --count 5
-    python config/rain.py compare PAIRS --style rain100h
+`python config/rain.py draw CLEAN PAIRS --style rain100h --count 5` writes pairs for training;
+`python config/rain.py compare PAIRS --style rain100h` sets drawn rain beside real pairs, in figures.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Streaks:
     turn: Range  # degrees that a set leans from the picture's main direction, to either side; mostly near the lower end
     length: Range  # pixels, log-uniform
     width: Range  # pixels, uniform: the full width of a hard streak; the blur of a soft one's noise at half its height
-    coverage: Range  # share of the pixels, 0..1, uniform, that one set covers
+    coverage: Range  # share of the pixels, 0..1, uniform, that one set covers before shearing smooths its edges
     level: Range  # grey levels, log-uniform: of hard streaks the mean of a line, of soft ones that of what they cover
 
 
@@ -54,7 +54,7 @@ STYLES = {
         angle=10,
         strength=(0.85, 1.15),
         streaks=(
-            Streaks(True, (0, 5), (0, 12), (35, 160), (1.3, 2.2), (0.2, 0.45), (32, 64)),
+            Streaks(True, (0, 5), (0, 12), (40, 160), (1.2, 2.1), (0.17, 0.42), (34, 70)),
             Streaks(False, (1, 2), (0, 14), (25, 120), (1.2, 2.0), (0.2, 0.45), (18, 42)),
             Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20)),  # faint, across the others
         ),
@@ -69,7 +69,7 @@ STYLES = {
     "rain800": RainStyle(
         angle=22,
         strength=(0.75, 2.2),
-        streaks=(Streaks(False, (1, 1), (0, 0), (10, 65), (0.8, 2.2), (0.4, 0.9), (13, 20)),),
+        streaks=(Streaks(False, (1, 1), (0, 0), (10, 65), (0.8, 2.2), (0.4, 0.9), (13, 19)),),
     ),
 }
 

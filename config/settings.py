@@ -152,14 +152,15 @@ def parse(text: list[str], name: str) -> Any:
 
 
 def read_overrides(words: list[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value` and `--name value value` as a dict. Raises UserError on anything else."""
+    """`--name value`, `--name=value` and `--name value value` as a dict; the last of a name counts.
+
+    Raises UserError on anything else.
+    """
     values: dict[str, list[str]] = {}
     name = None
     for word in words:
         if word.startswith("--"):
             name, equals, rest = word[2:].partition("=")
-            if name in values:
-                raise UserError(f"--{name} is given twice")
             values[name] = [rest] if equals else []
         elif name is None:
             raise UserError(f"{word!r} stands alone: settings are given as --name value")
@@ -189,6 +190,8 @@ def _check_value(name: str, value: Any) -> None:
         value = float(value)
     if type(value) is not expected:
         raise UserError(f"{name} must be of type {expected.__name__}, got {value!r}")
+    if expected is tuple and any(type(item) is not int for item in value):
+        raise UserError(f"{name} must be whole numbers, got {value!r}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise UserError(f"{name} can't be {value!r}{_nearest(value, metadata['choices'])}")
     if metadata["minimum"] is not None and not metadata["minimum"] <= value < float("inf"):

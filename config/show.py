@@ -1,0 +1,199 @@
+"""Remove the rain from images, and make a page that compares them.
+
+    python show.py -m dsen_rain800                    # the test set of the checkpoint's data set, with scores
+    python show.py -m dsen_rain800 -i photo.jpg DIR   # your own images
+
+A result lies in `showdir/RUN/` under its input's name, in its input's format: grey, alpha and 16 bits come back. JPEG
+and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, is about the last call, of
+whichever run. `python show.py -h` lists every setting.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import settings as knobs
+from cal_ssim import scores
+from common import UserError, log, run_script, set_up_log
+from dataset import data_path, list_pairs, to_tensor
+from evaluate import open_network, pick_device, restore
+from gallery import Gallery, Restored
+from image_io import SUFFIXES, list_images, read_image, read_pair, write_image
+from settings import Settings
+
+NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
+
+
+# ---------------------------------------------------------------- one image
+
+
+def to_network(image: np.ndarray) -> Tensor:
+    """(H, W), (H, W, 3) or (H, W, 4), uint8 or uint16 -> (3, H, W) float32 in [0, 1]; grey thrice, alpha left out."""
+    colour = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image[..., :3]
+    samples = np.ascontiguousarray(colour.transpose(2, 0, 1), np.float32)
+    return torch.from_numpy(samples) / np.iinfo(image.dtype).max
+
+
+def from_network(restored: Tensor, image: np.ndarray) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> shape and type of `image`: grey is the channels' mean, alpha is copied from `image`."""
+    if image.ndim == 2:
+        restored = restored.mean(0, keepdim=True)
+    samples = restored.mul(np.iinfo(image.dtype).max).round().cpu().numpy().astype(image.dtype)
+    samples = np.ascontiguousarray(samples.transpose(1, 2, 0))
+    return samples[..., 0] if image.ndim == 2 else np.concatenate([samples, image[..., 3:]], 2)
+
+
+def derain(network: nn.Module, path: Path, paired: bool, stage_num: int, device: torch.device) -> Restored:
+    """Read an image, or the rainy half of a joined pair, and restore it. Raises UserError where this file can't be."""
+    truth, image = read_pair(path) if paired else (None, read_image(path))
+    started = time.perf_counter()
+    try:
+        O = to_network(image).to(device)
+        backgrounds = restore(network, O, stage_num)
+        stages = [from_network(B, image) for B in backgrounds]
+        change = (backgrounds[-1] - O).abs().mean().item() * 255
+    except RuntimeError as error:  # torch's errors of full memory have no class in common
+        if "memory" not in str(error):
+            raise
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        raise UserError(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
+    seconds = time.perf_counter() - started
+    rows = [] if truth is None else [scores(to_tensor(x), to_tensor(truth)) for x in (image, *stages)]
+    return Restored(image, stages, truth, rows, change, seconds)
+
+
+# ---------------------------------------------------------------- files
+
+
+def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
+    """The files to restore, each once: those of the `given` files and folders, or the test set's pairs."""
+    if given is None:
+        folder = data_path(settings) / "test"
+        if not folder.is_dir():
+            raise UserError(f"{folder}, the checkpoint's test set, is missing: name --data_dir, or images with -i")
+        return list_pairs(folder)
+    paths: dict[Path, Path] = {}  # by the real place, so that an image that is named twice is restored once
+    for path in (Path(word).expanduser() for word in given):
+        if not path.exists():
+            raise UserError(f"{path} is missing: -i takes image files and folders")
+        files = list_images(path) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+        for file in files:
+            paths.setdefault(file.resolve(), file)
+    return list(paths.values())
+
+
+def refuse_to_overwrite(paths: list[Path], folders: list[Path]) -> None:
+    """Raise UserError where an input lies in a folder that this call writes to."""
+    written = {folder.resolve() for folder in folders}
+    for path in paths:
+        if {path.parent.resolve(), path.resolve().parent} & written:
+            raise UserError(f"{path} lies where results are written: name another folder with --show_dir")
+
+
+def result_names(path: Path, image: np.ndarray, stages: int, taken: set[str]) -> list[str]:
+    """Names of the result and of its `stages`, after the input's; with _2, _3, ... where this call has `taken` one."""
+    suffix = path.suffix if path.suffix.lower() in SUFFIXES else ".png"
+    too_deep = image.dtype == np.uint16 and suffix.lower() not in (".png", ".tif", ".tiff")
+    if too_deep or (image.shape[2:] == (4,) and suffix.lower() in (".jpg", ".jpeg")):
+        suffix = ".png"  # the file is not what its name says, and the named format can't hold it
+    count = 0
+    while True:
+        count += 1
+        stem = path.stem if count == 1 else f"{path.stem}_{count}"
+        names = [f"{stem}{suffix}", *(f"{stem}_stage{t}{suffix}" for t in range(1, stages + 1))]
+        folded = {name.casefold() for name in names}  # some file systems take A.png and a.png for the same
+        if not folded & taken:
+            taken |= folded
+            return names
+
+
+# ---------------------------------------------------------------- all images
+
+
+def each_image(paths: list[Path], terminal: bool) -> Iterator[Path]:
+    """The paths, with a progress bar in a terminal."""
+    bar = tqdm(paths, unit="image", disable=not terminal, dynamic_ncols=True)
+    with bar, logging_redirect_tqdm([log] if terminal else []):
+        yield from bar
+
+
+def outcome(items: list[Restored]) -> str:
+    """What is told at the end: the mean scores where the truth is known, and the network's time."""
+    text = ""
+    if items[0].scores:
+        parts = []
+        for name, form in (("psnr", "{:.2f} -> {:.2f} dB"), ("ssim", "{:.4f} -> {:.4f}")):
+            rows = np.array([(item.scores[0][name], item.scores[-1][name]) for item in items])
+            rows = rows[~np.isnan(rows[:, 0])]  # an image smaller than SSIM's window has none
+            if len(rows):
+                parts.append(f"{name.upper()} {form.format(*rows.mean(0))}")
+        text = f"mean {', '.join(parts)} (8-bit RGB), "
+    return f"{text}{np.mean([item.seconds for item in items]):.2f} s an image"
+
+
+def main(arguments: list[str]) -> int:
+    parser = knobs.make_parser("Remove the rain from images and make a page that compares them: showdir/index.html.")
+    parser.add_argument("-p", "--preset", help="the network, with its run of the same name; default sdsen")
+    parser.add_argument("-m", "--model", help="a checkpoint: a run's name, a name in model_dir, or a file")
+    parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images and folders of images")
+    parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, and a little worse")
+    parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
+    known, words = parser.parse_known_args(arguments)
+    if words and not words[0].startswith("-"):
+        raise UserError(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
+    overrides = knobs.read_overrides(words)
+    network, settings, checkpoint, step = open_network(known.preset, known.model, overrides)
+    set_up_log(overrides.get("log_level", "info"))
+    stage_num = network.stage_num if known.stages is None else known.stages
+    if not 1 <= stage_num <= network.stage_num:
+        raise UserError(f"--stages must be 1 to {network.stage_num}, the stages of {checkpoint}, got {stage_num}")
+    paths, paired = find_inputs(known.input, settings), known.input is None
+    run, show_dir = settings.run or checkpoint.stem, Path(settings.show_dir)
+    refuse_to_overwrite(paths, [show_dir, show_dir / run, show_dir / "page"])
+    device, gallery = pick_device(settings.device), Gallery(show_dir)
+    log.info(f"{checkpoint} (step {step}), {stage_num} of {network.stage_num} stages, {len(paths)} images, {device}")
+
+    items, taken, terminal = [], set(), sys.stderr.isatty()
+    for path in each_image(paths, terminal):
+        try:
+            item = derain(network, path, paired, stage_num, device)
+        except UserError as error:
+            log.warning(f"skipped: {error}")
+            continue
+        names = result_names(path, item.image, stage_num if known.all_stages else 0, taken)
+        for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
+            write_image(show_dir / run / name, image)
+        gallery.add(item, path, f"{run}/{names[0]}")
+        items.append(replace(item, image=None, stages=[], truth=None))  # all images' pixels may not fit the memory
+        if not terminal:
+            psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if paired else ""
+            log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
+    if not items:
+        gallery.discard()
+        log.warning("no image was restored; the page was left as it was")
+        return 1
+
+    summary = outcome(items)
+    page = gallery.write(f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summary)
+    close = sum(item.change < NEARLY_INPUT for item in items)
+    if close:
+        log.warning(
+            f"warning: {close} of {len(items)} results are nearly their input, changed by less than {NEARLY_INPUT} of "
+            "255 levels on average: these have hardly any rain, or the checkpoint is hardly trained"
+        )
+    log.info(f"{summary}\nresults: {show_dir / run}\npage: {page} (./explore.sh opens it)")
+    return int(len(items) < len(paths))
+
+
+if __name__ == "__main__":
+    run_script(main)

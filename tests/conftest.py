@@ -1,0 +1,37 @@
+"""Fixtures: small data sets in memory or in a temporary folder, and the devices that there are."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+def make_pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth clean image and the same under streaks: (B, O), each (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    B = cv2.resize(rng.integers(20, 200, (5, 5, 3)).astype(np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    rain = cv2.blur((rng.random((height, width)) < 0.05).astype(np.float32), (1, 9)) * 500
+    O = np.clip(B + np.minimum(rain, 90)[..., None], 0, 255).astype(np.uint8)
+    return B, O
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """A data set of joined pairs: 5 to train, 3 to validate, 2 to test, of two sizes."""
+    for split, count in (("train", 5), ("val", 3), ("test", 2)):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        for index in range(count):
+            B, O = make_pair(40 + 7 * (index % 2), 48, seed=10 * count + index)
+            cv2.imwrite(str(folder / f"{index}.png"), np.hstack([B, O]))
+    return tmp_path / "data"

@@ -1,0 +1,164 @@
+"""Crops: aligned, a function of (seed, step, sample), turned without invented borders; and the first scan."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common import UserError
+from conftest import make_pair
+from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
+from settings import Settings, replace
+
+SETTINGS = replace(Settings(), {"patch_size": 16, "batch_size": 4, "steps": 6, "seed": 3})
+
+
+def dataset(data_dir, **values):
+    return CropDataset(data_dir / "train", dataclasses.replace(SETTINGS, **values))
+
+
+def batches(data_dir, first_step=0, **values):
+    return list(training_batches(dataset(data_dir, **values), first_step, torch.device("cpu")))
+
+
+def same(some, others):
+    return len(some) == len(others) and all(
+        torch.equal(x, y) for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_read_whole_pair(data_dir):
+    O, B = read_whole(data_dir / "test" / "0.png")
+    joined = cv2.imread(str(data_dir / "test" / "0.png"))  # BGR, as the published code reads it
+    assert torch.equal(B, to_tensor(joined[:, :48]))
+    assert torch.equal(O, to_tensor(joined[:, 48:]))
+
+
+@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
+def test_batches_do_not_depend_on_the_workers(data_dir, aug_data):
+    assert same(batches(data_dir, aug_data=aug_data), batches(data_dir, aug_data=aug_data, num_workers=2))
+
+
+def test_resumed_run_sees_what_the_unbroken_one_sees(data_dir):
+    assert same(batches(data_dir)[4:], batches(data_dir, first_step=4))
+
+
+def test_crops_differ_by_seed_step_and_sample(data_dir):
+    crops = torch.cat([O for O, _ in batches(data_dir, steps=20)])
+    assert len(crops) == 80
+    assert len({crop.numpy().tobytes() for crop in crops}) > 70
+    assert not same(batches(data_dir), batches(data_dir, seed=4))
+
+
+def test_an_epoch_goes_through_all_pairs(data_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dataset.random_crop", lambda images, *_: seen.append(id(images[0])) or images)
+    crops = dataset(data_dir)
+    for sample in range(15):
+        crops[sample]
+    epochs = [seen[0:5], seen[5:10], seen[10:15]]
+    assert all(len(set(epoch)) == 5 for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_crops_without_room_in_memory_are_the_same(data_dir):
+    crops = dataset(data_dir, cache_gib=0.0)
+    assert not crops.kept
+    assert same([crops[i] for i in range(6)], [dataset(data_dir)[i] for i in range(6)])
+
+
+@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
+def test_crops_of_both_images_are_aligned(aug_data):
+    """O = B + 40 everywhere, so their crops must differ by 40 everywhere, to the rounding of interpolation."""
+    B, _ = make_pair(40, 50)
+    for seed in range(20):
+        O, crop = random_crop((B // 2 + 40, B // 2), 24, aug_data, np.random.default_rng(seed))
+        assert O.shape == (24, 24, 3)
+        assert np.abs(O.astype(int) - crop - 40).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 50), (24, 24), (25, 60)])
+def test_turned_crops_hold_no_invented_border(height, width):
+    white = np.full((height, width, 3), 255, np.uint8)
+    for seed in range(50):
+        O, _ = random_crop((white, white), 24, "rotate", np.random.default_rng(seed))
+        assert O.min() == 255
+
+
+def test_turning_turns_by_up_to_30_degrees():
+    """The gradient of a ramp tells the angle of each crop."""
+    ramp = np.repeat((np.arange(120) * 2).astype(np.uint8)[None, :, None].repeat(120, 0), 3, axis=2)
+    angles = []
+    for seed in range(200):
+        crop, _ = random_crop((ramp, ramp), 32, "rotate", np.random.default_rng(seed))
+        down, right = np.gradient(crop[..., 0].astype(float))
+        angles.append(np.rad2deg(np.arctan2(down.mean(), right.mean())))
+    assert -31 < min(angles) < -25
+    assert 25 < max(angles) < 31
+    assert abs(np.mean(angles)) < 4
+
+
+def test_quarter_turns_come_about_equally_often():
+    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0), 3, axis=2)
+    turns = []
+    for seed in range(200):
+        crop, _ = random_crop((ramp, ramp), 8, "quarter_turns", np.random.default_rng(seed))
+        down, right = (float(gradient.mean()) for gradient in np.gradient(crop[..., 0].astype(float)))
+        turns.append((round(down), round(right)))
+    assert {turn: turns.count(turn) > 30 for turn in set(turns)} == {
+        (0, 1): True,
+        (0, -1): True,
+        (1, 0): True,
+        (-1, 0): True,
+    }
+
+
+def test_every_place_of_the_image_is_cut():
+    image = np.arange(40 * 40, dtype=np.uint16).reshape(40, 40, 1).astype(np.float32).repeat(3, 2)
+    corners = [random_crop((image, image), 38, "none", np.random.default_rng(seed))[0][0, 0, 0] for seed in range(200)]
+    assert {int(corner) for corner in corners} == {row * 40 + column for row in range(3) for column in range(3)}
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(UserError, match="is missing: a data set has the folders train, val and test"):
+        list_pairs(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        list_pairs(tmp_path / "train")
+
+
+def spoil(path, kind):
+    if kind == "no image":
+        path.write_text("not an image")
+    elif kind == "cut off":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        height, width = {"odd": (40, 97), "small": (15, 96)}[kind]
+        cv2.imwrite(str(path), np.zeros((height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no image", "no image that can be read, or is cut off"),
+        ("cut off", "no image that can be read, or is cut off"),
+        ("odd", "97 pixels wide, an odd number"),
+        ("small", "48x15 images, smaller than the patch of 16x16"),
+    ],
+)
+def test_first_scan_refuses(data_dir, kind, message):
+    spoil(data_dir / "train" / "3.png", kind)
+    with pytest.raises(UserError, match=message) as error:
+        dataset(data_dir)
+    assert "3.png" in str(error.value)
+
+
+def test_data_path_without_data_dir_is_the_built_in_set(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr("builtin.make_builtin", made.append)
+    folder = data_path(Settings())
+    assert folder.parts[-2:] == ("data", "builtin")
+    assert made == [folder]
+    assert data_path(replace(Settings(), {"data_dir": str(tmp_path)})) == tmp_path

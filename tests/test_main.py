@@ -1,0 +1,314 @@
+"""The loops: learning, resuming bit for bit, interruption, scores, and one clear line for bad input."""
+
+import csv
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+import checkpoint as checkpoints
+import main
+from common import ROOT, UserError
+from presets import PRESETS
+from settings import resolve
+
+SMALL = "--channel 2 --depth 4 --patch_size 16 --batch_size 2 --stage_num 2 --device cpu".split()
+LONG = "--log_steps 1 --save_steps 2 --val_images 2 --lr 1e-3".split()
+
+
+@pytest.fixture
+def places(tmp_path, data_dir):
+    """The words that send everything to a temporary folder."""
+    folders = {name: tmp_path / name for name in ("model_dir", "log_dir", "show_dir")}
+    return [word for name, folder in {**folders, "data_dir": data_dir}.items() for word in (f"--{name}", str(folder))]
+
+
+def call(*words):
+    main.main([str(word) for word in words])
+
+
+def script(*words, **keywords):
+    """main.py in a process of its own, from a foreign working directory."""
+    command = [sys.executable, str(ROOT / "config" / "main.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, **keywords)
+
+
+def read(tmp_path, name, run="sdsen"):
+    return checkpoints.load(tmp_path / "model_dir" / run / f"{name}.pth")
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def same_state(a, b):
+    """Bit for bit: network, optimiser, random state, step."""
+    network = all(torch.equal(a.network[name], b.network[name]) for name in b.network)
+    moments = all(
+        torch.equal(torch.as_tensor(a.optimizer["state"][i][key]), torch.as_tensor(value))
+        for i, state in b.optimizer["state"].items()
+        for key, value in state.items()
+    )
+    return network and moments and a.step == b.step and torch.equal(a.random["cpu"], b.random["cpu"])
+
+
+def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path):
+    words = ["-a", "train", *SMALL, *LONG, *places, "--milestones", 3]
+    call(*words, "--run", "broken", "--steps", 2)
+    call("-a", "train", *places, "--run", "broken", "--steps", 4)  # what the checkpoint knows need not be said again
+    call(*words, "--run", "unbroken", "--steps", 4)
+    assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
+    assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "step_2", "unbroken"))
+
+
+def test_training_lowers_the_loss(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--run", "a")
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 60, "--save_steps", 60, "--run", "b", "--lr", "1e-2")
+    assert read(tmp_path, "best", "b").best_psnr > read(tmp_path, "best", "a").best_psnr + 3
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of the TensorBoard events of a run."""
+    found = {}
+    for path in sorted(folder.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_curves_log_and_files(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 4, "--milestones", 2)
+    curves = scalars(tmp_path / "log_dir" / "sdsen")
+    for split, steps in (("train", [1, 2, 3, 4]), ("val", [2, 4])):
+        for stage in (1, 2):
+            for metric in ("loss", "psnr", "ssim"):
+                points = curves[f"{split}/stage_{stage}/{metric}"]
+                assert [step for step, _ in points] == steps
+                assert np.isfinite([value for _, value in points]).all()
+    assert [value for _, value in curves["train/lr"]] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+    assert min(value for _, value in curves["train/images_per_second"]) > 0
+    for loss, first, second in zip(*(curves[f"train/{n}"] for n in ("loss", "stage_1/loss", "stage_2/loss")), strict=1):
+        assert loss[1] == pytest.approx(first[1] + second[1], rel=1e-5)
+    assert [step for step, _ in curves["val/preview"]] == [2, 4]
+    preview = cv2.imread(str(tmp_path / "log_dir" / "sdsen" / "preview.png"))
+    assert preview.shape == (40, 4 * 48, 3)  # O, two stages, B
+    assert (preview[:, -48:] == cv2.imread(str(tmp_path / "data" / "val" / "0.png"))[:, :48]).all()
+    log = (tmp_path / "log_dir" / "sdsen" / "train.log").read_text()
+    assert "validation on 2 of the 3 whole pairs" in log or "step 4/4" in log
+    names = {path.stem for path in (tmp_path / "model_dir" / "sdsen").iterdir()}
+    assert names == {"latest", "best", "step_2", "step_4"}
+
+
+def test_validation_scores_are_those_of_test(places, tmp_path, capsys):
+    """The same images through validation and `-a test` have the same score."""
+    shutil.rmtree(tmp_path / "data" / "test")
+    shutil.copytree(tmp_path / "data" / "val", tmp_path / "data" / "test")
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 2, "--val_images", 0)
+    call("-a", "test", *places, "-m", "sdsen/latest")
+    rows = read_csv(tmp_path / "log_dir" / "sdsen" / "test_latest.csv")
+    curves = scalars(tmp_path / "log_dir" / "sdsen")
+    assert [row["image"] for row in rows] == ["0.png", "1.png", "2.png"]
+    for stage in (1, 2):
+        for metric in ("psnr", "ssim"):
+            mean = np.mean([float(row[f"{metric}_stage_{stage}"]) for row in rows])
+            assert curves[f"val/stage_{stage}/{metric}"][-1][1] == pytest.approx(mean, abs=1e-4)
+    assert "stage_2" in capsys.readouterr().out
+
+
+def test_test_scores_the_image_that_would_be_saved(places, tmp_path):
+    """A network that predicts no rain: the output is the input, its scores are the input's, and a warning says so."""
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    state = read(tmp_path, "latest")
+    state.network["dec.3.weight"].zero_()
+    state.network["dec.3.bias"].zero_()
+    checkpoints.save(tmp_path / "model_dir" / "nothing.pth", state)
+    result = script("-a", "test", *places, "-m", "nothing")
+    assert result.returncode == 0, result.stderr
+    assert "warning: the output is nearly the input" in result.stdout
+    joined = cv2.imread(str(tmp_path / "data" / "test" / "1.png")).astype(float)
+    psnr = 10 * np.log10(255**2 / np.mean((joined[:, :48] - joined[:, 48:]) ** 2))
+    row = read_csv(tmp_path / "log_dir" / "test_nothing.csv")[1]
+    assert float(row["psnr_input"]) == pytest.approx(psnr, abs=1e-4)
+    assert float(row["psnr_stage_2"]) == float(row["psnr_input"])
+
+
+def test_models_lists_every_preset(capsys):
+    call("-a", "models")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
+    assert "130998" in next(line for line in lines if line.startswith("sdsen "))
+
+
+def test_published_checkpoint_goes_on(places, tmp_path):
+    network = main.model.build(resolve("sdsen", {"channel": 2, "depth": 4}))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.rand(1, 3, 8, 8), 1)[0].sum().backward()
+    optimizer.step()
+    published = tmp_path / "latest"
+    torch.save({"net": network.state_dict(), "clock": 1234, "opt": optimizer.state_dict()}, published)
+    call("-a", "train", "-m", published, *SMALL, *LONG, *places, "--steps", 1236, "--milestones", 1235)
+    curves = scalars(tmp_path / "log_dir" / "sdsen")
+    assert [(step, round(value, 7)) for step, value in curves["train/lr"]] == [(1235, 1e-3), (1236, 1e-4)]
+    assert read(tmp_path, "latest").step == 1236
+    assert read(tmp_path, "latest").optimizer["state"][0]["step"] == 3
+
+
+def test_losses():
+    O, B = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    R = O - B
+    for name, loss in main.LOSSES.items():
+        assert loss(R, O, B).item() == pytest.approx(0, abs=1e-5), name
+        assert loss(torch.zeros_like(R), O, B) > 0.01, name
+    assert main.LOSSES["mse"](torch.zeros_like(R), O, B) == pytest.approx(((O - B) ** 2).mean().item())
+
+
+def test_learning_rate():
+    settings = resolve()
+    rates = [main.learning_rate(settings, step) for step in (0, 14999, 15000, 17499, 17500, 19999)]
+    assert rates == pytest.approx([5e-4, 5e-4, 5e-5, 5e-5, 5e-6, 5e-6])
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def start_long_run(places, *words):
+    words = ["-a", "train", *SMALL, *places, "--steps", 100000, "--log_steps", 1, "--save_steps", 20, *words]
+    command = [sys.executable, str(ROOT / "config" / "main.py"), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} was not written"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_finishes_the_step_and_saves(places, tmp_path, name):
+    process = start_long_run(places)
+    wait_for(tmp_path / "model_dir" / "sdsen" / "latest.pth")
+    process.send_signal(name)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    step = read(tmp_path, "latest").step
+    assert f"stopped at step {step}; the same command goes on" in output
+    assert output.rstrip().splitlines()[-2].startswith(f"step {step}/100000") or step % 20 == 0
+
+
+def test_kill_leaves_the_last_good_checkpoint_and_the_steps_go_on(places, tmp_path):
+    process = start_long_run(places, "--save_minutes", 0)  # writes a checkpoint in every step
+    wait_for(tmp_path / "model_dir" / "sdsen" / "step_20.pth")
+    process.kill()
+    process.communicate()
+    step = read(tmp_path, "latest").step
+    assert step >= 20
+    call("-a", "train", *places, "--steps", step + 3)
+    steps = [
+        int(line.split()[3].split("/")[0])
+        for line in (tmp_path / "log_dir" / "sdsen" / "train.log").read_text().splitlines()
+        if line.split()[2] == "step"
+    ]
+    assert steps[-3:] == [step + 1, step + 2, step + 3]
+    call("-a", "train", *SMALL, *places, "--run", "unbroken", "--steps", step + 3, "--save_steps", 1000)
+    assert same_state(read(tmp_path, "latest"), read(tmp_path, "latest", "unbroken"))
+
+
+def test_loss_that_is_not_finite_stops_the_run(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 2)
+    before = read(tmp_path, "latest")
+    result = script("-a", "train", *places, "--lr", "1e30", "--steps", 50, "--save_steps", 50, "--milestones")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "the loss is nan in step" in result.stderr or "the loss is inf in step" in result.stderr
+    assert "at learning rate 1e+30" in result.stderr
+    assert str(tmp_path / "model_dir" / "sdsen" / "latest.pth") in result.stderr
+    assert same_state(read(tmp_path, "latest"), before)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refused(result, *parts):
+    """One line, no traceback, a status that is not 0."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for part in parts:
+        assert str(part) in result.stderr
+    return True
+
+
+def files(folder):
+    return sorted(str(path) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--chanel", "3"], "the nearest is --channel"),
+        (["-p", "sdsn"], "the nearest is sdsen"),
+        (["--device", "cuda:99"], "no such device" if not torch.cuda.is_available() else "CUDA devices"),
+        (["--device", "abacus"], "none of auto, cpu"),
+        (["-m", "nowhere"], "no checkpoint 'nowhere' in"),
+        (["--patch_size", "1000"], "smaller than the patch of 1000x1000"),
+        (["--aggregation", "max", "--group", "z2"], "aggregation max and mean pool orientations"),
+    ],
+)
+def test_command_that_is_refused_writes_nothing(places, tmp_path, words, part):
+    before = files(tmp_path)
+    assert refused(script("-a", "train", *SMALL[:-2], *places, *words), part)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (lambda data: shutil.rmtree(data), "is missing: a data set has the folders train, val and test"),
+        (lambda data: shutil.rmtree(data / "val"), "is missing"),
+        (lambda data: [path.unlink() for path in (data / "train").iterdir()], "holds no images"),
+        (lambda data: (data / "train" / "1.png").write_text("text"), "1.png is no image that can be read"),
+        (lambda data: cv2.imwrite(str(data / "train" / "1.png"), np.zeros((40, 33, 3))), "33 pixels wide, an odd"),
+        (lambda data: (data / "val" / "0.png").write_text("text"), "0.png is no image that can be read"),
+    ],
+)
+def test_data_that_is_refused(places, tmp_path, spoil, part):
+    spoil(tmp_path / "data")
+    assert refused(script("-a", "train", *SMALL, *places, "--steps", 1), part)
+
+
+def test_missing_and_foreign_checkpoints_are_never_random_weights(places, tmp_path):
+    assert refused(script("-a", "test", *places), "no checkpoint 'sdsen' in", "there is none")
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    assert refused(script("-a", "test", *places, "-m", "dsen"), "there are sdsen/best, sdsen/latest, sdsen/step_1")
+    assert refused(script("-a", "test", *places, "-m", "sdsen", "-p", "dsen"), "leave -p out")
+    assert refused(script("-a", "test", *places, "-m", "sdsen", "--channel", "4"), "belongs to another network")
+    assert refused(script("-a", "train", *places, "--channel", "4"), "was trained with channel 2, not 4")
+    assert refused(script("-a", "train", *places, "-m", "sdsen/step_1"), "name another run with --run")
+
+
+def test_training_from_anothers_weights_needs_a_run_of_its_own(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    call("-a", "train", *places, "-m", "sdsen/step_1", "--run", "second", "--steps", 2)
+    assert read(tmp_path, "latest", "second").step == 2
+    assert read(tmp_path, "latest").step == 1
+
+
+def test_interrupted_trainings_log_handler_goes(places):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    assert len(main.log.handlers) == 1
+    with pytest.raises(UserError):
+        call("-a", "train", *SMALL, *LONG, *places, "--run", "b", "--steps", 9, "--lr", "1e30")
+    assert len(main.log.handlers) == 1

@@ -1,0 +1,189 @@
+"""Rain: its model O = clip(B + R), the geometry of streaks, the figures of the styles, the command line."""
+
+import cv2
+import numpy as np
+import pytest
+
+import rain
+from common import UserError
+from image_io import read_pair
+from rain import STYLES, RainStyle, Streaks
+
+
+def one_kind(hard: bool, turn: float = 0, length=40, width=1.5, coverage=0.2, level=40.0) -> RainStyle:
+    """A style of one set of streaks in which only the places are random."""
+    kind = Streaks(hard, (1, 1), (turn, turn), (length,) * 2, (width,) * 2, (coverage,) * 2, (level,) * 2)
+    return RainStyle(angle=0, streaks=(kind,))
+
+
+def direction(layer: np.ndarray) -> float:
+    """The structure tensor's angle over the whole layer in degrees; vertical = 0."""
+    layer = cv2.GaussianBlur(layer.astype(np.float32), (0, 0), 1)
+    dx, dy = cv2.Sobel(layer, cv2.CV_32F, 1, 0), cv2.Sobel(layer, cv2.CV_32F, 0, 1)
+    return np.degrees(np.arctan2(2 * (dx * dy).mean(), (dx * dx - dy * dy).mean())) / 2
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_same_generator_same_rain(name):
+    first, again, other = (rain.render(90, 70, STYLES[name], np.random.default_rng(seed)) for seed in (4, 4, 5))
+    assert first.dtype == np.uint8
+    assert first.shape == (90, 70)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_rain_is_grey_added_and_clipped(name):
+    clean = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
+    before = clean.copy()
+    rainy = rain.add_rain(clean, STYLES[name], np.random.default_rng(1))
+    layer = rain.render(80, 60, STYLES[name], np.random.default_rng(1))
+    assert np.array_equal(rainy, np.minimum(clean.astype(int) + layer[..., None], 255))
+    assert np.array_equal(clean, before)
+    assert layer.max() > 0
+
+
+@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("size", [(1, 1), (2, 150), (150, 2), (7, 7)])
+def test_sizes_below_a_streak(name, size):
+    layers = [rain.render(*size, STYLES[name], np.random.default_rng(seed)) for seed in range(20)]
+    assert all(layer.shape == size for layer in layers)
+    assert any(layer.any() for layer in layers)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("turn", [0, 20, 40])
+def test_direction(hard, turn):
+    style = one_kind(hard, turn=turn)
+    angles = [direction(rain.render(200, 200, style, np.random.default_rng(seed))) for seed in range(12)]
+    assert np.allclose(np.abs(angles), turn, atol=3)
+    if turn:  # to either side
+        assert min(angles) < 0 < max(angles)
+
+
+def test_hard_streaks_have_their_length_and_end_square():
+    layer = rain.render(400, 400, one_kind(True, length=30, width=1.0, coverage=0.01), np.random.default_rng(0))
+    _, _, boxes, _ = cv2.connectedComponentsWithStats((layer > 2).astype(np.uint8))
+    inside = (boxes[:, 1] > 0) & (boxes[:, 1] + boxes[:, 3] < 400)
+    inside[0] = False  # the background
+    assert inside.sum() > 20
+    assert np.median(boxes[inside, 3]) == 30
+    assert np.median(boxes[inside, 2]) == 2  # one pixel wide, between two columns
+    for left, top, width, height, _ in boxes[inside & (boxes[:, 3] == 30)]:
+        assert np.ptp(layer[top : top + height, left : left + width], axis=0).max() == 0  # constant along the streak
+
+
+@pytest.mark.parametrize("coverage", [0.2, 0.5])
+def test_soft_streaks_cover_their_share_at_their_level_and_taper(coverage):
+    style = one_kind(False, width=5, coverage=coverage, level=40)
+    layers = np.stack([rain.render(300, 300, style, np.random.default_rng(seed)) for seed in range(4)])
+    assert coverage < (layers > 0).mean() < coverage + 0.08  # the shift by a part of a pixel widens the edges
+    assert layers.mean() == pytest.approx(coverage * 40, rel=0.07)
+    steps = np.abs(np.diff(layers.astype(int), axis=1))
+    assert steps.max() < 30 < np.abs(np.diff(layers.astype(int), axis=2)).max()  # even along, edges across
+
+
+def test_a_crop_has_the_figures_of_a_picture():
+    for hard in (True, False):
+        style = one_kind(hard, turn=10)
+        small = [rain.render(48, 48, style, np.random.default_rng(seed)) for seed in range(300)]
+        large = [rain.render(480, 320, style, np.random.default_rng(seed)) for seed in range(6)]
+        assert np.mean(small) == pytest.approx(np.mean(large), rel=0.08)
+        assert np.std(small) == pytest.approx(np.std(large), rel=0.08)
+
+
+# Medians over pictures of: mean of R, its 99th percentile, % of pixels above 8 grey levels, each with room for chance.
+# On a ramp from black to nearly white, as on photographs, clipping takes a part of R away.
+FIGURES = {
+    "rain100h": ((35, 65), (125, 190), (70, 95)),
+    "rain100l": ((3.8, 7.5), (40, 75), (14, 23)),
+    "rain800": ((9, 17), (38, 66), (40, 64)),
+}
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_figures_of_the_styles(name):
+    ramp = np.linspace(0, 230, 160).astype(np.uint8)
+    clean = np.broadcast_to(ramp[None, :, None], (160, 160, 3)).copy()
+    layers = [rain.render(160, 160, STYLES[name], np.random.default_rng([seed, 9])) for seed in range(60)]
+    measured = [rain.measure(clean, cv2.add(clean, cv2.merge([layer] * 3)))[[0, 2, 3]] for layer in layers]
+    for value, (lowest, highest) in zip(np.median(measured, axis=0), FIGURES[name], strict=True):
+        assert lowest < value < highest
+    angles = np.abs([direction(layer) for layer in layers])
+    assert np.percentile(angles, 95) < 28
+    assert min(layer.max() for layer in layers) > 8  # no picture without rain
+
+
+def test_histogram_puts_a_slash_at_plus_45():
+    clean = np.zeros((100, 100, 3), np.uint8)
+    for start, end, bin_index in (((0, 99), (99, 0), 8), ((0, 0), (99, 99), 2), ((50, 0), (50, 99), 5)):
+        rainy = cv2.line(clean.copy(), start, end, (90, 90, 90), 2)
+        histogram = rain.angle_histogram(clean, rainy)
+        assert histogram.shape == (12,)
+        assert histogram.sum() == pytest.approx(1)
+        assert histogram[bin_index] > 0.8
+    assert rain.angle_histogram(clean, clean).sum() == 0
+
+
+def test_measure():
+    clean = np.full((10, 10, 3), 100, np.uint8)
+    rainy = clean.copy()
+    rainy[:2] += 50
+    rainy[9] = 255
+    rainy[8] -= 40  # darker is no rain
+    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10])
+
+
+@pytest.fixture
+def clean_folder(tmp_path):
+    folder = tmp_path / "clean"
+    folder.mkdir()
+    for name, size in (("a.png", (40, 50)), ("b.jpg", (30, 60))):
+        cv2.imwrite(str(folder / name), np.random.default_rng(0).integers(0, 200, (*size, 3), np.uint8))
+    return folder
+
+
+def test_draw_round_trip(clean_folder, tmp_path, capsys):
+    target = tmp_path / "deep" / "pairs"
+    arguments = ["draw", str(clean_folder), str(target), "--style", "rain800", "--count", "2", "--seed", "3"]
+    rain.main(arguments)
+    assert sorted(path.name for path in target.iterdir()) == ["a_x1.png", "a_x2.png", "b_x1.png", "b_x2.png"]
+    clean, rainy = read_pair(target / "a_x1.png")
+    assert np.array_equal(clean, cv2.imread(str(clean_folder / "a.png")))
+    assert (rainy >= clean).all()
+    assert (rainy > clean).any()
+    first = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert first["a_x1.png"] != first["a_x2.png"]
+
+    rain.main(arguments)  # a second run writes the same
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == first
+    alone = tmp_path / "alone"  # an image's rain doesn't depend on its neighbours
+    rain.main(["draw", str(clean_folder / "b.jpg"), str(alone), "--style", "rain800", "--seed", "3"])
+    assert (alone / "b_x1.png").read_bytes() == first["b_x1.png"]
+
+    rain.main(["compare", str(target), "--style", "rain100l", "--count", "3"])
+    table = capsys.readouterr().out
+    assert "Rain100L's published figures" in table
+    assert "rain100l (12 rendered)" in table
+
+
+def test_draw_errors(clean_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        rain.main(["draw", str(tmp_path / "empty"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="can't be read"):
+        rain.main(["draw", str(tmp_path / "absent.png"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="another folder"):
+        rain.main(["draw", str(clean_folder), str(clean_folder)])
+    (clean_folder / "a.bmp").write_bytes(b"")
+    with pytest.raises(UserError, match="two images called a"):
+        rain.main(["draw", str(clean_folder), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--count", "0"], ["--seed", "-1"], ["--style", "snow"], ["--count", "two"]])
+def test_wrong_arguments(wrong, clean_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        rain.main(["draw", str(clean_folder), str(tmp_path / "out"), *wrong])
+    assert exit_info.value.code == 2
+    assert f"argument {wrong[0]}" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Settings: the order of defaults, preset and overrides, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+import settings as knobs
+from common import ROOT, UserError
+from presets import PRESETS
+from settings import Settings, from_dict, read_overrides, replace, resolve
+
+
+def test_defaults_are_the_papers():
+    settings = resolve()
+    assert (settings.channel, settings.depth, settings.stage_num, settings.link) == (10, 7, 8, "concat")
+    assert (settings.batch_size, settings.patch_size, settings.lr, settings.steps) == (64, 64, 5e-4, 20000)
+    assert (settings.milestones, settings.loss, settings.aug_data) == ((15000, 17500), "mse", "none")
+
+
+def test_defaults_then_preset_then_overrides():
+    assert resolve("dsen").stage_num == 1
+    assert resolve("cnn", {"channel": 6}).channel == 6
+    assert resolve("cnn").channel == 20
+    assert resolve("cnn").run == "cnn"
+    assert resolve("cnn", {"run": "mine"}).model_path == ROOT / "models" / "mine"
+
+
+def test_default_paths_hang_on_the_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert resolve().log_dir == str(ROOT / "logdir")
+    assert resolve().data_dir == ""
+
+
+def test_typed_paths_hang_on_the_caller(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert read_overrides(["--data_dir", "here/../there"]) == {"data_dir": str(tmp_path / "there")}
+
+
+def test_overrides_are_typed():
+    words = "--lr 1e-3 --steps 7 --use_se false --milestones 3 5 --run=a=b --log_level debug".split()
+    assert read_overrides(words) == {
+        "lr": 1e-3,
+        "steps": 7,
+        "use_se": False,
+        "milestones": (3, 5),
+        "run": "a=b",
+        "log_level": "debug",
+    }
+    assert read_overrides(["--milestones"]) == {"milestones": ()}
+    assert read_overrides("--lr 1 --steps 2 --lr 3".split()) == {"lr": 3.0, "steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--chanel", "3"], "unknown setting --chanel; the nearest is --channel"),
+        (["--qqq", "3"], "unknown setting --qqq; there are --channel, "),
+        (["--steps", "1.5"], "--steps takes one whole number, got '1.5'"),
+        (["--steps"], "--steps takes one whole number, got 'nothing'"),
+        (["--use_se", "maybe"], "--use_se takes true or false"),
+        (["--lr", "1", "2"], "--lr takes one number"),
+        (["--milestones", "x"], "--milestones takes whole numbers"),
+        (["word"], "'word' stands alone"),
+    ],
+)
+def test_words_that_are_refused(words, message):
+    with pytest.raises(UserError) as error:
+        read_overrides(words)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chanel": 3}, "unknown setting 'chanel'; the nearest is channel"),
+        ({"channel": "3"}, "channel must be of type int"),
+        ({"channel": True}, "channel must be of type int"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"lr": float("nan")}, "lr must be at least 0"),
+        ({"lr": float("inf")}, "lr must be at least 0"),
+        ({"link": "concatenate"}, "link can't be 'concatenate'; the nearest is concat"),
+        ({"milestones": (5, 3)}, "milestones must be rising"),
+        ({"milestones": (0, 3)}, "milestones must be rising"),
+        ({"milestones": ("3",)}, "milestones must be whole numbers"),
+        ({"group": "z2", "aggregation": "max"}, "aggregation max and mean"),
+        ({"run": "../out"}, "run is the name of a folder"),
+    ],
+)
+def test_values_that_are_refused(values, message):
+    with pytest.raises(UserError) as error:
+        replace(Settings(), values)
+    assert str(error.value).startswith(message)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="unknown preset 'sdsen_s3'; the nearest is sdsen_s"):
+        resolve("sdsen_s3")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_survive_a_checkpoint(name):
+    settings = resolve(name, {"milestones": (4,)})
+    assert from_dict(dataclasses.asdict(settings)) == settings
+    assert from_dict({**dataclasses.asdict(settings), "milestones": [4], "of_the_future": 1}) == settings
+
+
+def test_every_knob_says_what_it_is():
+    parser_help = knobs.make_parser("").format_help()
+    for name, field in knobs.FIELDS.items():
+        assert len(field.metadata["text"]) > 10
+        assert f"--{name} " in parser_help
