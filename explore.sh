@@ -39,7 +39,7 @@ for port in range(int(sys.argv[1]), int(sys.argv[2]) + 1):
     break
 END
 )"
-[[ -n "$port" ]] || fail "port $first is taken or not allowed (of $first to $last none is free): name another one"
+[[ -n "$port" ]] || fail "no port from $first to $last can be used, they are taken or not allowed: name another one"
 
 address="http://127.0.0.1:$port/"
 echo "$address  (Ctrl-C ends it)"

@@ -1,5 +1,6 @@
 """What every script shares: where the repository is, the error that a user sees, and the log."""
 
+import argparse
 import logging
 import os
 import sys
@@ -12,6 +13,16 @@ log = logging.getLogger("sdsen")
 
 class UserError(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, which file, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others are, and that takes no abbreviations."""
+
+    def __init__(self, **keywords):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def set_up_log(level: str = "info") -> None:

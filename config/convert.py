@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import ROOT, UserError, log, run_script, set_up_log
+from common import ROOT, Parser, UserError, log, run_script, set_up_log
 from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, write_image
 
 
@@ -383,16 +383,9 @@ def summarise(thumbs: dict[str, dict[str, np.ndarray]], data_dir: Path, report: 
     log.info(f"next: python main.py -a {'train' if thumbs['train'] else 'test'} --data_dir {data_dir}")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (python convert.py --help)")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read and check the command line. Raises UserError."""
-    parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     sets = [*LAYOUTS, "folders"]
     parser.add_argument("set", choices=sets, help="joined: any joined files; folders: any two folders, paired by name")
     parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
@@ -408,9 +401,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     given = [name for name in ("source", "train", "test", "clean", "rainy") if getattr(chosen, name)]
     if chosen.set == "folders" and given != ["clean", "rainy"]:
-        raise UserError("folders is read from --clean DIR and --rainy DIR (python convert.py --help)")
+        raise UserError("folders is read from --clean DIR and --rainy DIR (see convert.py --help)")
     if chosen.set != "folders" and given not in (["source"], ["train"], ["test"], ["train", "test"]):
-        raise UserError(f"{chosen.set} is read from SOURCE, or --train DIR and --test DIR (python convert.py --help)")
+        raise UserError(f"{chosen.set} is read from SOURCE, or --train DIR and --test DIR (see convert.py --help)")
     if chosen.val < 0:
         raise UserError(f"--val {chosen.val}: give 0 or more pairs")
     chosen.data_dir = (chosen.data_dir or ROOT / "data" / chosen.set).resolve()

@@ -4,7 +4,6 @@
 `python config/rain.py compare PAIRS --style rain100h` sets drawn rain beside real pairs, in figures.
 """
 
-import argparse
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
-from common import UserError, log, run_script, set_up_log
+from common import Parser, UserError, log, run_script, set_up_log
 from image_io import list_images, read_image, read_pair, to_bgr8, write_image
 
 Range = tuple[float, float]
@@ -263,7 +262,7 @@ def _at_least(lowest: int) -> Callable[[str], int]:
 
 def main(arguments: list[str]) -> None:
     """The command line: `draw` and `compare`."""
-    parser = argparse.ArgumentParser(description="Draw rain on clean images, or compare drawn rain with real pairs.")
+    parser = Parser(description="Draw rain on clean images, or compare drawn rain with real pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="write joined pairs (B left, O right) of clean images")
     drawing.add_argument("source", type=Path, metavar="CLEAN", help="a clean image or a folder of them")

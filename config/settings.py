@@ -5,7 +5,6 @@ changes any. A relative path in this file or in a preset starts at the repositor
 starts at the caller's working directory, as everywhere in a shell.
 """
 
-import argparse
 import dataclasses
 import difflib
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import presets
-from common import ROOT, UserError
+from common import ROOT, Parser, UserError
 
 
 def knob(default: Any, text: str, *, choices: Sequence[str] = (), minimum: float | None = None, path: bool = False):
@@ -169,18 +168,13 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
     return {name: parse(text, name) for name, text in values.items()}
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str) -> Parser:
     """An argument parser whose help lists every setting; settings themselves are read by `read_overrides`."""
     lines = []
     for name, field in FIELDS.items():
         choices = f" [{', '.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
         lines.append(f"  --{name} {_text(field.default) or chr(39) * 2}{choices}\n        {field.metadata['text']}")
-    return argparse.ArgumentParser(
-        description=description,
-        epilog="settings and their defaults:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    return Parser(description=description, epilog="settings and their defaults:\n" + "\n".join(lines))
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import settings as knobs
 from cal_ssim import scores
-from common import UserError, log, run_script, set_up_log
+from common import ROOT, UserError, log, run_script, set_up_log
 from dataset import data_path, list_pairs, to_tensor
 from evaluate import open_network, pick_device, restore
 from gallery import Gallery, Restored
@@ -191,7 +191,8 @@ def main(arguments: list[str]) -> int:
             f"warning: {close} of {len(items)} results are nearly their input, changed by less than {NEARLY_INPUT} of "
             "255 levels on average: these have hardly any rain, or the checkpoint is hardly trained"
         )
-    log.info(f"{summary}\nresults: {show_dir / run}\npage: {page} (./explore.sh opens it)")
+    hint = " (./explore.sh opens it)" if show_dir == ROOT / "showdir" else ""
+    log.info(f"{summary}\nresults: {show_dir / run}\npage: {page}{hint}")
     return int(len(items) < len(paths))
 
 

@@ -77,7 +77,7 @@ def test_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "latest.pth"
     checkpoints.save(path, make())
     path.write_bytes(path.read_bytes()[:-500] if content is None else content)
-    with pytest.raises(UserError, match="is no checkpoint|another kind of file"):
+    with pytest.raises(UserError, match=r"is no checkpoint|another kind of file"):
         checkpoints.load(path)
 
 
