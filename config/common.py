@@ -31,16 +31,20 @@ def set_up_log(level: str = "info") -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
     log.propagate = False
+    logging.raiseExceptions = False  # a log file on a full disk must not print a traceback a line
     log.setLevel(level.upper())
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2."""
+    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2, Ctrl-C 130."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `main.py -a models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -24,7 +24,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -36,6 +35,7 @@ import settings as knobs
 from cal_ssim import METRICS
 from checkpoint import Checkpoint
 from common import UserError, log, run_script, set_up_log
+from curves import Curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
 from evaluate import open_network, pick_device, score_pairs
 from image_io import write_bytes, write_image
@@ -179,7 +179,7 @@ class Trainer:
             f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device}, "
             f"steps {self.step} to {settings.steps}"
         )
-        self.writer = SummaryWriter(str(settings.log_path), purge_step=self.step)
+        self.curves = Curves(settings.log_path, self.step)
         terminal = sys.stderr.isatty()
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.network.train()
@@ -187,7 +187,6 @@ class Trainer:
             with Interrupt() as interrupt, bar, logging_redirect_tqdm([log] if terminal else []):
                 self._loop(bar, interrupt)
         finally:
-            self.writer.close()
             log.removeHandler(log_file)
 
     def _loop(self, bar: tqdm, interrupt: Interrupt) -> None:
@@ -239,8 +238,8 @@ class Trainer:
 
     def _log_training(self, result: dict, rate: float, steps: int, seconds: float, waited: float) -> None:
         images = steps * self.settings.batch_size / seconds
-        for name, value in {**result, "lr": rate, "images_per_second": images, "wait_share": waited / seconds}.items():
-            self.writer.add_scalar(f"train/{name}", value, self.step)
+        result = {**result, "lr": rate, "images_per_second": images, "wait_share": waited / seconds}
+        self.curves.add(self.step, {f"train/{name}": value for name, value in result.items()})
         left = timedelta(seconds=round((self.settings.steps - self.step) * seconds / steps))
         log.info(
             f"step {self.step}/{self.settings.steps}  loss {result['loss']:.6f}  "
@@ -251,10 +250,8 @@ class Trainer:
     def _validate_and_save(self) -> None:
         started = time.monotonic()
         result, mosaic = validate(self.network, self.validation, self.device, self.settings.loss)
-        for name, value in result.items():
-            self.writer.add_scalar(f"val/{name}", value, self.step)
-        self.writer.add_image("val/preview", mosaic[..., ::-1].copy(), self.step, dataformats="HWC")
-        self.writer.flush()
+        self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
+        self.curves.add_picture(self.step, "val/preview", mosaic)
         write_image(self.settings.log_path / "preview.png", mosaic)
         stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.settings.stage_num + 1))
         log.info(

@@ -165,7 +165,10 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
             raise UserError(f"{word!r} stands alone: settings are given as --name value")
         else:
             values[name].append(word)
-    return {name: parse(text, name) for name, text in values.items()}
+    overrides = {name: parse(text, name) for name, text in values.items()}
+    for name, value in overrides.items():
+        _check_value(name, value)
+    return overrides
 
 
 def make_parser(description: str) -> Parser:

@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
     parser = knobs.make_parser("Remove the rain from images and make a page that compares them: showdir/index.html.")
     parser.add_argument("-p", "--preset", help="the network, with its run of the same name; default sdsen")
     parser.add_argument("-m", "--model", help="a checkpoint: a run's name, a name in model_dir, or a file")
-    parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images and folders of images")
+    parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
     parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, and a little worse")
     parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)

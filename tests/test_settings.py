@@ -61,6 +61,8 @@ def test_overrides_are_typed():
         (["--lr", "1", "2"], "--lr takes one number"),
         (["--milestones", "x"], "--milestones takes whole numbers"),
         (["word"], "'word' stands alone"),
+        (["--log_level", "chatty"], "log_level can't be 'chatty'"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
     ],
 )
 def test_words_that_are_refused(words, message):
