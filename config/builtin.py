@@ -18,7 +18,7 @@ VERSION = "1"  # raise it when the pairs change, so that sets built before are b
 MARKER = "builtin_version.txt"
 LONGEST_SIDE = 400  # pixels, about as large as the BSD photographs beneath the paper's data sets
 
-# By photograph: none is in two splits. All lie in scikit-image's wheel, from 0.22 to 0.26 at least.
+# By photograph: none is in two splits. All lie in scikit-image's wheel, from 0.24 to 0.26 at least.
 SPLIT = {
     "train": (
         "rocket.jpg",
@@ -88,7 +88,7 @@ def _draw_pairs(folder: Path) -> None:
     photographs = _photograph_folder()
     for number, (split, name) in enumerate((split, name) for split, names in SPLIT.items() for name in names):
         if not (photographs / name).is_file():
-            raise UserError(f"{photographs / name} is missing: install scikit-image 0.22 to 0.26 again")
+            raise UserError(f"{photographs / name} is missing: install scikit-image again")
         clean = _shrink(to_bgr8(read_image(photographs / name)))
         for rendering in range(RENDERINGS[split]):
             rng = np.random.default_rng([number, rendering])

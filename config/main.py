@@ -58,7 +58,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def train_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, O: Tensor, B: Tensor, loss_name: str, scored: bool
+    network: nn.Module, optimizer: torch.optim.Optimizer, O: Tensor, B: Tensor, settings: Settings, scored: bool
 ) -> dict[str, float]:
     """One step of Adam on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
 
@@ -66,13 +66,15 @@ def train_step(
     A loss that is not finite leaves the weights as they were.
     """
     rain_layers = network(O)
-    losses = [LOSSES[loss_name](R, O, B) for R in rain_layers]
+    losses = [LOSSES[settings.loss](R, O, B) for R in rain_layers]
     loss = torch.stack(losses).sum()
     result = {"loss": loss.item()}
     if not np.isfinite(result["loss"]):
         return result
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if settings.clip_norm:
+        nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
     optimizer.step()
     if scored:
         with torch.no_grad():
@@ -202,7 +204,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             scored = (self.step + 1) % settings.log_steps == 0
-            result = train_step(self.network, self.optimizer, O, B, settings.loss, scored)
+            result = train_step(self.network, self.optimizer, O, B, settings, scored)
             if not np.isfinite(result["loss"]):
                 raise UserError(self._not_finite(result["loss"], rate))
             self.step += 1

@@ -56,6 +56,7 @@ class Settings:
     steps: int = knob(20000, "steps of training in all (paper: learning rate falls at 15000 and 17500)", minimum=1)
     lr: float = knob(5e-4, "Adam's first learning rate (paper: 5e-4)", minimum=0)
     milestones: tuple[int, ...] = knob((15000, 17500), "steps at which lr is divided by 10 (paper: 15000 17500)")
+    clip_norm: float = knob(0.0, "largest norm of a gradient, longer ones are shortened; 0: off (paper)", minimum=0)
     loss: str = knob(
         "mse",
         "summed over the stages: mse or l1 of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",

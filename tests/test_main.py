@@ -174,6 +174,22 @@ def test_losses():
     assert main.LOSSES["mse"](torch.zeros_like(R), O, B) == pytest.approx(((O - B) ** 2).mean().item())
 
 
+def test_clip_norm_bounds_the_step():
+    """Without momentum and with learning rate 1, the step is the gradient."""
+    O, B = torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
+    lengths = {}
+    for clip_norm in (0.0, 1e-3):
+        settings = resolve("dsen", {"channel": 2, "depth": 4, "clip_norm": clip_norm})
+        torch.manual_seed(0)
+        network = main.model.build(settings)
+        before = torch.nn.utils.parameters_to_vector(network.parameters())
+        main.train_step(network, torch.optim.SGD(network.parameters(), lr=1.0), O, B, settings, False)
+        after = torch.nn.utils.parameters_to_vector(network.parameters())
+        lengths[clip_norm] = (after - before).norm().item()
+    assert lengths[0.0] > 0.01
+    assert lengths[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_learning_rate():
     settings = resolve()
     rates = [main.learning_rate(settings, step) for step in (0, 14999, 15000, 17499, 17500, 19999)]
