@@ -10,8 +10,8 @@ step "1/4 environment"
 bash config/setup.sh
 
 step "2/4 training a small S-DSEN (two stages, 6 channels) on the built-in set for a few minutes"
-.venv/bin/python config/main.py -a train -p sdsen_s2 --run quickstart --channel 6 --batch_size 8 --lr 2e-3 \
-    --steps 400 --milestones 300 370 --save_steps 100 --log_steps 20
+.venv/bin/python config/main.py -a train -p sdsen_s2 --run quickstart --channel 6 --batch_size 4 --lr 1e-3 \
+    --clip_norm 0.1 --steps 500 --milestones 350 450 --save_steps 100 --log_steps 20
 
 step "3/4 testing it on photographs that it has not seen"
 .venv/bin/python config/main.py -a test -m quickstart

@@ -34,7 +34,8 @@ class Checkpoint:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint: temporary file, sync, rename. Raises UserError where it can't; the old file stays then."""
-    values = dataclasses.asdict(checkpoint)
+    values = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    values["settings"] = checkpoint.settings and knobs.to_dict(checkpoint.settings)
     values["versions"] = {"torch": str(torch.__version__), "python": platform.python_version()}
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **values}, buffer)

@@ -119,6 +119,15 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
     return settings
 
 
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as a checkpoint stores them: paths in the repository are relative to it, so that it can move."""
+    values = dataclasses.asdict(settings)
+    for name, field in FIELDS.items():
+        if field.metadata["path"] and values[name] and Path(values[name]).is_relative_to(ROOT):
+            values[name] = Path(values[name]).relative_to(ROOT).as_posix()
+    return values
+
+
 def from_dict(values: dict[str, Any]) -> Settings:
     """The settings that a checkpoint stores; names that this version does not know are left aside."""
     known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in FIELDS}

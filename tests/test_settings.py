@@ -1,13 +1,11 @@
 """Settings: the order of defaults, preset and overrides, and what is refused."""
 
-import dataclasses
-
 import pytest
 
 import settings as knobs
 from common import ROOT, UserError
 from presets import PRESETS
-from settings import Settings, from_dict, read_overrides, replace, resolve
+from settings import Settings, from_dict, read_overrides, replace, resolve, to_dict
 
 
 def test_defaults_are_the_papers():
@@ -101,9 +99,11 @@ def test_unknown_preset_names_the_nearest():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_survive_a_checkpoint(name):
-    settings = resolve(name, {"milestones": (4,)})
-    assert from_dict(dataclasses.asdict(settings)) == settings
-    assert from_dict({**dataclasses.asdict(settings), "milestones": [4], "of_the_future": 1}) == settings
+    settings = resolve(name, {"milestones": (4,), "data_dir": str(ROOT / "data" / "rain800"), "log_dir": "/elsewhere"})
+    values = to_dict(settings)
+    assert from_dict(values) == settings
+    assert from_dict({**values, "milestones": [4], "of_the_future": 1}) == settings
+    assert (values["data_dir"], values["model_dir"], values["log_dir"]) == ("data/rain800", "models", "/elsewhere")
 
 
 def test_every_knob_says_what_it_is():
