@@ -74,8 +74,10 @@ def find(name: str, model_dir: Path) -> Path:
         if path.is_file():
             return path
     there = sorted(str(path.relative_to(model_dir).with_suffix("")) for path in model_dir.rglob("*.pth"))
-    listed = "there are " + ", ".join(there[:20]) + ", ..." * (len(there) > 20) if there else "there is none"
-    raise UserError(f"no checkpoint {name!r} in {model_dir}: {listed}")
+    if not there:
+        raise UserError(f"no checkpoint {name!r} in {model_dir}: there is none yet, main.py -a train makes one")
+    more = f" and {len(there) - 20} more" if len(there) > 20 else ""
+    raise UserError(f"no checkpoint {name!r} in {model_dir}: there are {', '.join(there[:20])}{more}")
 
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:

@@ -305,7 +305,8 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
     network, settings, path, step = open_network(preset, name, overrides)
     folder = data_path(settings) / "test"
     paths = list_pairs(folder)
-    log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {settings.device}")
+    device = pick_device(settings.device)
+    log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {device}")
     bar = tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -322,7 +323,7 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
             log.info(f"{len(changes)} of {len(paths)} images")
 
     with bar:
-        means = np.nanmean(score_pairs(network, paths, pick_device(settings.device), each), 0)
+        means = np.nanmean(score_pairs(network, paths, device, each), 0)
     log.info(f"{'':10}" + "".join(f"{metric:>10}" for metric in METRICS))
     for label, row in zip(["input", *_stages(settings)], means, strict=True):
         log.info(f"{label:10}" + "".join(f"{value:10.4f}" for value in row))
