@@ -306,7 +306,7 @@ def test_data_that_is_refused(places, tmp_path, spoil, part):
 
 
 def test_missing_and_foreign_checkpoints_are_never_random_weights(places, tmp_path):
-    assert refused(script("-a", "test", *places), "no checkpoint 'sdsen' in", "there is none")
+    assert refused(script("-a", "test", *places), "no checkpoint 'sdsen' in", "there is none yet")
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     assert refused(script("-a", "test", *places, "-m", "dsen"), "there are sdsen/best, sdsen/latest, sdsen/step_1")
     assert refused(script("-a", "test", *places, "-m", "sdsen", "-p", "dsen"), "leave -p out")

@@ -248,7 +248,7 @@ def test_an_error_is_one_line_and_exit_status_2(tmp_path):
     command = [sys.executable, ROOT / "config" / "show.py", "-m", "none", "--model_dir", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: no checkpoint 'none' in {tmp_path}: there is none\n"
+    assert done.stderr == f"error: no checkpoint 'none' in {tmp_path}: there is none yet, main.py -a train makes one\n"
 
 
 # ---------------------------------------------------------------- stages, scores, determinism
