@@ -88,7 +88,11 @@ def train_step(
 
 
 def validate(network: nn.Module, paths: list[Path], device: torch.device, loss_name: str) -> tuple[dict, np.ndarray]:
-    """Scores of whole validation pairs, and a mosaic of the first one: O, every stage, B, as (H, W, 3) uint8 BGR."""
+    """Scores of whole validation pairs, and a mosaic of the first one: O, every stage, B, as (H, W, 3) uint8 BGR.
+
+    Returns `psnr` of the last stage, `psnr_input`, and `stage_t/loss`, `stage_t/psnr`, `stage_t/ssim`, all of the 8-bit
+    images that would be saved.
+    """
     mosaic, losses = [], []
 
     def each(path, O, restored, B, rows):
@@ -102,8 +106,9 @@ def validate(network: nn.Module, paths: list[Path], device: torch.device, loss_n
     for t, (row, loss) in enumerate(zip(table[1:], np.mean(losses, 0), strict=True), 1):
         result |= {f"stage_{t}/loss": loss, f"stage_{t}/psnr": row[0], f"stage_{t}/ssim": row[1]}
     scale = min(1.0, 320 / max(mosaic[0].shape[1:]))
-    tiles = [cv2.resize(np.moveaxis(x.numpy(), 0, 2), None, fx=scale, fy=scale, interpolation=3) for x in mosaic]
-    return {"psnr": table[-1][0], "psnr_input": table[0][0], **result}, np.hstack(tiles)
+    mosaic = np.hstack([np.moveaxis(image.numpy(), 0, 2) for image in mosaic])
+    mosaic = cv2.resize(mosaic, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return {"psnr": table[-1][0], "psnr_input": table[0][0], **result}, mosaic
 
 
 class Interrupt:
@@ -281,11 +286,14 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
         wanted = knobs.resolve(preset, overrides) if preset else settings
         changed = [n for n in knobs.FIELDS if getattr(settings, n) != getattr(old, n)]
         for field in knobs.NETWORK:
-            if getattr(wanted, field) != getattr(old, field) and field != "stage_num":
+            # All stages have the same weights, so that their number may change, but not unasked.
+            if getattr(wanted, field) != getattr(old, field) and not (field == "stage_num" and field in overrides):
                 raise UserError(
                     f"{source} was trained with {field} {getattr(old, field)}, not {getattr(wanted, field)}: "
-                    "name another run with --run"
+                    f"name another run with --run{', or say --stage_num' * (field == 'stage_num')}"
                 )
+        if source != latest or {"data_dir", "val_images", "stage_num"} & set(changed):
+            start.best_psnr = None  # it was another validation's
         if changed:
             values = (f"{n} {getattr(old, n)!r} is now {getattr(settings, n)!r}" for n in changed)
             log.info("other than in the checkpoint: " + ", ".join(values))

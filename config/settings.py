@@ -112,6 +112,8 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
     settings = dataclasses.replace(settings, **paths)
     if settings.group == "z2" and settings.aggregation != "conv":
         raise UserError("aggregation max and mean pool orientations, which ordinary convolutions (group z2) lack")
+    if settings.loss == "ssim" and settings.patch_size < 11:
+        raise UserError(f"loss ssim needs crops of at least 11x11, the size of its window, got {settings.patch_size}")
     if list(settings.milestones) != sorted(set(settings.milestones)) or min(settings.milestones, default=1) < 1:
         raise UserError(f"milestones must be rising steps from 1 on, got {settings.milestones}")
     if settings.run in (".", "..") or set(settings.run) & set("/\\"):

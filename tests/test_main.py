@@ -322,6 +322,19 @@ def test_training_from_anothers_weights_needs_a_run_of_its_own(places, tmp_path)
     assert read(tmp_path, "latest").step == 1
 
 
+def test_stages_can_be_added_but_not_unasked(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    old = read(tmp_path, "latest")
+    with pytest.raises(UserError, match="was trained with stage_num 2, not 4: name another run with --run, or say"):
+        call("-a", "train", "-p", "sdsen_s4", *SMALL[:-4], *places, "--run", "sdsen", "--steps", 2)
+    call("-a", "train", *places, "-m", "sdsen/latest", "--run", "grown", "--stage_num", 4, "--steps", 2)
+    new = read(tmp_path, "latest", "grown")
+    assert new.settings.stage_num == 4
+    assert new.optimizer["state"][0]["step"] == 2
+    assert new.best_psnr != old.best_psnr
+    assert (tmp_path / "model_dir" / "grown" / "best.pth").is_file()
+
+
 def test_interrupted_trainings_log_handler_goes(places):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     assert len(main.log.handlers) == 1

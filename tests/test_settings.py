@@ -83,6 +83,7 @@ def test_words_that_are_refused(words, message):
         ({"milestones": (0, 3)}, "milestones must be rising"),
         ({"milestones": ("3",)}, "milestones must be whole numbers"),
         ({"group": "z2", "aggregation": "max"}, "aggregation max and mean"),
+        ({"loss": "ssim", "patch_size": 10}, "loss ssim needs crops of at least 11x11"),
         ({"run": "../out"}, "run is the name of a folder"),
     ],
 )
