@@ -1,0 +1,88 @@
+"""Whole images through a network, and the network that a command names."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import checkpoint as checkpoints
+import evaluate
+import model
+from cal_ssim import METRICS, scores
+from checkpoint import Checkpoint
+from common import UserError
+from dataset import list_pairs, read_whole
+from settings import resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of a small network in tmp_path/models/tiny, and the overrides that find it."""
+    settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "run": "tiny", "lr": 0.125})
+    torch.manual_seed(0)
+    network = model.build(settings)
+    checkpoints.save(tmp_path / "models" / "tiny" / "latest.pth", Checkpoint(network.state_dict(), 5, settings))
+    return network, {"model_dir": str(tmp_path / "models")}
+
+
+def test_open_network_rebuilds_it_from_the_checkpoint(saved):
+    network, overrides = saved
+    opened, settings, path, step = evaluate.open_network(None, "tiny", overrides)
+    assert (settings.channel, settings.stage_num, settings.lr, step, path.stem) == (2, 2, 0.125, 5, "latest")
+    assert not opened.training
+    O = torch.rand(1, 3, 9, 9)
+    for R, other in zip(opened(O), network(O), strict=True):
+        assert torch.equal(R, other)
+
+
+def test_open_network_by_run_and_with_fewer_stages(saved):
+    opened, *_ = evaluate.open_network(None, None, {**saved[1], "run": "tiny", "stage_num": 1})
+    assert len(opened(torch.rand(1, 3, 9, 9))) == 1
+
+
+def test_open_network_refuses_another_preset(saved):
+    with pytest.raises(UserError, match="has channel 2, preset sdsen_s2 10"):
+        evaluate.open_network("sdsen_s2", "tiny", saved[1])
+    with pytest.raises(UserError, match="belongs to another network"):
+        evaluate.open_network(None, "tiny", {**saved[1], "link": "none"})
+
+
+def test_restore_subtracts_the_rain_layer(saved, device):
+    network = saved[0].eval().to(device)
+    O = torch.rand(3, 13, 8, device=device)
+    with torch.no_grad():
+        expected = [(O - R[0]).clamp(0, 1) for R in network(O[None])]
+    for image, other in zip(evaluate.restore(network, O), expected, strict=True):
+        assert torch.equal(image, other)
+    assert len(evaluate.restore(network, O, 1)) == 1
+
+
+def test_score_pairs_is_the_scores_of_8bit_images(saved, data_dir):
+    network = saved[0].train()
+    paths = list_pairs(data_dir / "val")
+    seen = []
+    table = evaluate.score_pairs(network, paths, CPU, lambda path, *_: seen.append(path))
+    assert table.shape == (3, 3, 4)  # pairs, input and two stages, metrics
+    assert seen == paths
+    assert network.training
+    O, B = read_whole(paths[1])
+    restored = evaluate.restore_8bit(network.eval(), O, CPU)[1]
+    assert restored.dtype == torch.uint8
+    for row, image in ((table[1, 0], O), (table[1, 2], restored)):
+        np.testing.assert_allclose(row, [scores(image, B)[metric] for metric in METRICS])
+    joined = cv2.imread(str(paths[1])).astype(float)
+    mse = ((joined[:, :48] - joined[:, 48:]) ** 2).mean()
+    assert table[1, 0, 0] == pytest.approx(10 * np.log10(255**2 / mse))
+
+
+def test_pick_device():
+    assert evaluate.pick_device("cpu").type == "cpu"
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert (evaluate.pick_device("auto").type != "cpu") == there
+    with pytest.raises(UserError, match="none of auto"):
+        evaluate.pick_device("gpu0")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="PyTorch sees no such device here; there is"):
+            evaluate.pick_device("cuda")
