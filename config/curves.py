@@ -1,12 +1,14 @@
-"""TensorBoard's curves, through tensorboardX's event writer."""
+"""TensorBoard's curves, through tensorboardX's record writer."""
 
+import contextlib
 import os
+import socket
 import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import image, scalar
 
 from common import UserError
@@ -15,8 +17,8 @@ from common import UserError
 class Curves:
     """The event file of a run in training.
 
-    Its writer is the one beneath tensorboardX's SummaryWriter, which writes in a thread: on a full disk that thread
-    ends with a traceback, and the program hangs. Here a point is on the disk, or a UserError is raised.
+    Not by tensorboardX's SummaryWriter, which writes in a thread: on a full disk that thread ends with a traceback, and
+    the program hangs. Here a point is with the system when `add` returns, or a UserError is raised.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -24,33 +26,36 @@ class Curves:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+            self.writer = RecordWriter(str(folder / name))
         except OSError as error:
             raise self._failed(error) from None
-        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._write(
+            Event(file_version="brain.Event:2"),
+            Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+        )
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """One point of each curve."""
-        for name, value in values.items():
-            self._write(Event(step=step, summary=scalar(name, value)))
-        self._flush()
+        self._write(*(Event(step=step, summary=scalar(name, value)) for name, value in values.items()))
 
     def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 in BGR order."""
         self._write(Event(step=step, summary=image(name, picture[..., ::-1].copy(), dataformats="HWC")))
-        self._flush()
 
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        try:
-            self.writer.write_event(event)
-        except OSError as error:
-            raise self._failed(error) from None
+    def close(self) -> None:
+        """Close the file; what was added is in it."""
+        self.writer.close()
 
-    def _flush(self) -> None:
+    def _write(self, *events: Event) -> None:
         try:
+            for event in events:
+                event.wall_time = time.time()
+                self.writer.write(event.SerializeToString())
             self.writer.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # or Python complains when it frees the file
+                self.writer.close()
             raise self._failed(error) from None
 
     def _failed(self, error: OSError) -> UserError:

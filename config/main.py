@@ -179,6 +179,7 @@ class Trainer:
         """Train to the last step, or until Ctrl-C or SIGTERM; checkpoint, log and curves go to the run's folders."""
         settings = self.settings
         write_bytes(settings.log_path / "settings.json", json.dumps(asdict(settings), indent=2).encode())
+        self.curves = Curves(settings.log_path, self.step)
         log_file = logging.FileHandler(settings.log_path / "train.log")
         log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(log_file)
@@ -186,7 +187,6 @@ class Trainer:
             f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device}, "
             f"steps {self.step} to {settings.steps}"
         )
-        self.curves = Curves(settings.log_path, self.step)
         terminal = sys.stderr.isatty()
         bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
         self.network.train()
@@ -194,6 +194,7 @@ class Trainer:
             with Interrupt() as interrupt, bar, logging_redirect_tqdm([log] if terminal else []):
                 self._loop(bar, interrupt)
         finally:
+            self.curves.close()
             log.removeHandler(log_file)
 
     def _loop(self, bar: tqdm, interrupt: Interrupt) -> None:
