@@ -26,11 +26,12 @@ TURNS = 30.0  # degrees to either side for aug_data "rotate", section 3.2
 
 
 def data_path(settings: Settings) -> Path:
-    """The data set's folder; without `data_dir` the built-in set, which is made on first use."""
-    if settings.data_dir:
-        return Path(settings.data_dir)
+    """The data set's folder; without `data_dir`, or where it names it, the built-in set, made on first use."""
     folder = ROOT / "data" / "builtin"
-    log.info(f"no data_dir: the built-in set in {folder}, scikit-image's photographs with drawn rain")
+    if settings.data_dir and Path(settings.data_dir) != folder:
+        return Path(settings.data_dir)
+    why = "" if settings.data_dir else "no data_dir: "
+    log.info(f"{why}the built-in set in {folder}, scikit-image's photographs with drawn rain")
     builtin.make_builtin(folder)
     return folder
 

@@ -160,5 +160,6 @@ def test_data_path_without_data_dir_is_the_built_in_set(monkeypatch, tmp_path):
     monkeypatch.setattr("builtin.make_builtin", made.append)
     folder = data_path(Settings())
     assert folder.parts[-2:] == ("data", "builtin")
-    assert made == [folder]
+    assert data_path(replace(Settings(), {"data_dir": str(folder)})) == folder
+    assert made == [folder, folder]
     assert data_path(replace(Settings(), {"data_dir": str(tmp_path)})) == tmp_path
