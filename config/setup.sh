@@ -26,12 +26,15 @@ if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
     exit 2
 fi
 
-options=()
-if "$python" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)' 2>/dev/null; then
-    echo "using the torch that $python has"
-    options=(--system-site-packages)
+# Where the interpreter has a torch that suits, in a virtual environment of its own or not.
+torch=$("$python" -c '
+import os, torch
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
+print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null) || torch=""
+echo "making .venv with $("$python" --version)${torch:+ and the torch that it has}; a torch to fetch is a large download"
+"$python" -m venv .venv
+if [ -n "$torch" ]; then
+    echo "$torch" > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
 fi
-echo "making .venv with $("$python" --version); the first time, torch alone is a large download"
-"$python" -m venv "${options[@]}" .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 echo "$wanted" > .venv/ready
