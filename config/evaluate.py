@@ -15,6 +15,8 @@ from common import UserError
 from dataset import read_whole
 from settings import Settings
 
+NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
+
 
 def pick_device(name: str) -> torch.device:
     """The device of a settings' `device`; "auto" is the first of cuda, mps and cpu that there is. Raises UserError."""

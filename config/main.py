@@ -37,7 +37,7 @@ from checkpoint import Checkpoint
 from common import UserError, log, run_script, set_up_log
 from curves import Curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
-from evaluate import open_network, pick_device, score_pairs
+from evaluate import NEARLY_INPUT, open_network, pick_device, score_pairs
 from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
@@ -165,7 +165,8 @@ class Trainer:
         log.info(f"goes on at step {self.step} of {source}")
 
     def save(self, *names: str) -> None:
-        """Write the checkpoint under each name in the run's folder."""
+        """Write the checkpoint under each name in the run's folder. Raises UserError where weights are not finite."""
+        self._check_weights()
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -212,7 +213,7 @@ class Trainer:
             scored = (self.step + 1) % settings.log_steps == 0
             result = train_step(self.network, self.optimizer, O, B, settings, scored)
             if not np.isfinite(result["loss"]):
-                raise UserError(self._not_finite(result["loss"], rate))
+                raise self._not_finite(f"the loss is {result['loss']} in step {self.step + 1}")
             self.step += 1
             lap_steps += 1
             bar.update()
@@ -239,10 +240,15 @@ class Trainer:
     def _path(self, name: str) -> Path:
         return self.settings.model_path / f"{name}.pth"
 
-    def _not_finite(self, loss: float, rate: float) -> str:
-        last = self._path("latest")
+    def _check_weights(self) -> None:
+        """A step may have spoilt the weights though its loss was finite: they must not replace a good checkpoint."""
+        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+            raise self._not_finite(f"the weights are not finite after step {self.step}")
+
+    def _not_finite(self, what: str) -> UserError:
+        last, rate = self._path("latest"), self.optimizer.param_groups[0]["lr"]
         good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint of this run yet"
-        return f"the loss is {loss} in step {self.step + 1} at learning rate {rate:g}: lower --lr; {good}"
+        return UserError(f"{what} at learning rate {rate:g}: lower --lr; {good}")
 
     def _log_training(self, result: dict, rate: float, steps: int, seconds: float, waited: float) -> None:
         images = steps * self.settings.batch_size / seconds
@@ -256,6 +262,7 @@ class Trainer:
         )
 
     def _validate_and_save(self) -> None:
+        self._check_weights()
         started = time.monotonic()
         result, mosaic = validate(self.network, self.validation, self.device, self.settings.loss)
         self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
@@ -336,7 +343,7 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
     log.info(f"{'':10}" + "".join(f"{metric:>10}" for metric in METRICS))
     for label, row in zip(["input", *_stages(settings)], means, strict=True):
         log.info(f"{label:10}" + "".join(f"{value:10.4f}" for value in row))
-    if np.mean(changes) < 0.5:
+    if np.mean(changes) < NEARLY_INPUT:
         log.warning(f"warning: the output is nearly the input, {np.mean(changes):.2f} of 255 levels apart on average")
     where = Path(settings.log_dir) / path.parent.name if path.parent.name == settings.run else Path(settings.log_dir)
     csv_path = where / f"test_{path.stem}.csv"

@@ -24,13 +24,10 @@ import settings as knobs
 from cal_ssim import scores
 from common import ROOT, UserError, log, run_script, set_up_log
 from dataset import data_path, list_pairs, to_tensor
-from evaluate import open_network, pick_device, restore
+from evaluate import NEARLY_INPUT, open_network, pick_device, restore
 from gallery import Gallery, Restored
 from image_io import SUFFIXES, list_images, read_image, read_pair, write_image
 from settings import Settings
-
-NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
-
 
 # ---------------------------------------------------------------- one image
 

@@ -254,6 +254,25 @@ def test_loss_that_is_not_finite_stops_the_run(places, tmp_path):
     assert same_state(read(tmp_path, "latest"), before)
 
 
+def test_weights_that_are_not_finite_replace_no_checkpoint(places, tmp_path, monkeypatch):
+    """The loss of a step is finite, its gradient is not, and a checkpoint is due right behind it."""
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 2)
+    before = files(tmp_path / "model_dir")
+    states = {name: read(tmp_path, name) for name in ("latest", "best")}
+
+    def spoil(network, *arguments):
+        result = step(network, *arguments)
+        network.dec[3].bias.data[0] = float("nan")
+        return result
+
+    step = main.train_step
+    monkeypatch.setattr(main, "train_step", spoil)
+    with pytest.raises(UserError, match=r"the weights are not finite after step 3 at learning rate 0\.001: lower --lr"):
+        call("-a", "train", *places, "--steps", 3)
+    assert files(tmp_path / "model_dir") == before
+    assert all(same_state(read(tmp_path, name), state) for name, state in states.items())
+
+
 # ---------------------------------------------------------------- bad input
 
 
