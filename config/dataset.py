@@ -1,4 +1,4 @@
-"""Paired images: random aligned crops for training, whole pairs for validation and test.
+"""Images: random crops for training, of pairs or with rain drawn afresh; whole pairs for validation and test.
 
 One file a pair: the clean background `B` on the left half, the rainy image `O` on the right half, in cv2's BGR order.
 """
@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 import builtin
 from common import ROOT, UserError, log
-from image_io import list_images, read_pair
+from image_io import list_images, read_image, read_pair, to_bgr8
+from rain import STYLES, add_rain
 from settings import Settings
 
-Pair = tuple[np.ndarray, np.ndarray]  # B and O, each (H, W, 3) uint8
+Images = tuple[np.ndarray, ...]  # B and O, or B alone where rain is drawn on it; each (H, W, 3) uint8
 TURNS = 30.0  # degrees to either side for aug_data "rotate", section 3.2
 
 
@@ -46,48 +47,66 @@ def list_pairs(folder: Path) -> list[Path]:
     return paths
 
 
+def list_clean(folder: Path) -> list[Path]:
+    """The files of a folder of clean images. Raises UserError where the folder is missing or empty."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: clean_dir is a folder of clean images")
+    paths = list_images(folder)
+    if not paths:
+        raise UserError(f"{folder} holds no images: clean_dir is a folder of clean images")
+    return paths
+
+
 class CropDataset(Dataset):
-    """Random aligned crops of the pairs in `folder`.
+    """Random crops (O, B): aligned ones of pairs, or with `rain` clean ones and the rain that is drawn on them.
 
     Item i, the i-th sample of the whole training, is a function of (seed, i // batch_size, i % batch_size) alone: of
-    seed, step and sample. Each epoch goes through the pairs in an order of its own.
+    seed, step and sample. Each epoch goes through the images in an order of its own.
+
+    The pairs lie in `folder`. With `rain`, only their clean halves are taken, or the images in `clean_dir` instead.
 
     Raises UserError where a file is no pair or smaller than the patch; all files are looked at once, at the start.
     """
 
     def __init__(self, folder: Path, settings: Settings):
         self.settings = settings
-        self.paths = list_pairs(folder)
-        self.kept: dict[int, Pair] = {}
+        self.paths = list_clean(Path(settings.clean_dir)) if settings.clean_dir else list_pairs(folder)
+        self.kept: dict[int, Images] = {}
         room = settings.cache_gib * 2**30
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
-            pairs = pool.map(self._read, self.paths)
-            bar = tqdm(pairs, "first scan", len(self.paths), disable=not sys.stderr.isatty(), leave=False)
-            for index, (B, O) in enumerate(bar):
-                room -= 2 * B.nbytes
+            everything = pool.map(self._read, self.paths)
+            bar = tqdm(everything, "first scan", len(self.paths), disable=not sys.stderr.isatty(), leave=False)
+            for index, images in enumerate(bar):
+                room -= sum(image.nbytes for image in images)
                 if room >= 0:
-                    self.kept[index] = (B, O)
-        log.info(f"{len(self.paths)} training pairs from {folder}, {len(self.kept)} of them kept in memory")
+                    self.kept[index] = images
+        what = f"clean images, {settings.rain} rain drawn on their crops," if settings.rain else "training pairs"
+        log.info(f"{len(self.paths)} {what} from {self.paths[0].parent}, {len(self.kept)} of them kept in memory")
 
-    def _read(self, path: Path) -> Pair:
-        B, O = read_pair(path)
-        patch = self.settings.patch_size
-        if min(B.shape[:2]) < patch:
+    def _read(self, path: Path) -> Images:
+        """(B, O) of a pair; with `rain`, (B,) of a pair or of a clean image."""
+        settings, patch = self.settings, self.settings.patch_size
+        images = (to_bgr8(read_image(path)),) if settings.clean_dir else read_pair(path)
+        height, width = images[0].shape[:2]
+        if min(height, width) < patch:
+            size = f"{width}x{height}" if settings.clean_dir else f"a pair of {width}x{height} images"
             raise UserError(
-                f"{path} is a pair of {B.shape[1]}x{B.shape[0]} images, smaller than the patch of {patch}x{patch}: "
-                "remove it or lower --patch_size"
+                f"{path} is {size}, smaller than the patch of {patch}x{patch}: remove it or lower --patch_size"
             )
-        return np.ascontiguousarray(B), np.ascontiguousarray(O)
+        # Copied out of the joined image: a clean half alone must not keep the rainy one in memory.
+        return tuple(np.ascontiguousarray(image) for image in images[: 1 if settings.rain else 2])
 
     def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
         """The crops (O, B), each (3, patch, patch) uint8."""
         settings, count = self.settings, len(self.paths)
         epoch, position = divmod(sample, count)
         index = int(_order(settings.seed, epoch, count)[position])
-        B, O = self.kept[index] if index in self.kept else self._read(self.paths[index])
+        images = self.kept[index] if index in self.kept else self._read(self.paths[index])
         rng = np.random.default_rng((settings.seed, *divmod(sample, settings.batch_size)))
-        crops = random_crop((O, B), settings.patch_size, settings.aug_data, rng)
-        return tuple(to_tensor(crop) for crop in crops)
+        B, *stored = random_crop(images, settings.patch_size, settings.aug_data, rng)
+        # Drawn behind the turning, so that rain leans as the style says.
+        O = add_rain(B, STYLES[settings.rain], rng) if settings.rain else stored[0]
+        return to_tensor(O), to_tensor(B)
 
 
 @lru_cache(maxsize=2)
@@ -95,8 +114,8 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def random_crop(images: Pair, patch: int, aug_data: str, rng: np.random.Generator) -> Pair:
-    """The same random crop (patch, patch, 3) of both images, turned as `aug_data` says.
+def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Generator) -> Images:
+    """The same random crop (patch, patch, 3) of all images, turned as `aug_data` says.
 
     Turning comes before cutting: the crop is taken where the turned image has pixels all over, so that no invented
     border is learnt. For quarter turns, turning the crop is the same.
@@ -107,10 +126,11 @@ def random_crop(images: Pair, patch: int, aug_data: str, rng: np.random.Generato
     top = rng.integers(height - patch + 1)
     left = rng.integers(width - patch + 1)
     turns = rng.integers(4) if aug_data == "quarter_turns" else 0
-    return tuple(np.rot90(image[top : top + patch, left : left + patch], turns) for image in images)
+    crops = (np.rot90(image[top : top + patch, left : left + patch], turns) for image in images)
+    return tuple(np.ascontiguousarray(crop) for crop in crops)
 
 
-def _turned_crop(images: Pair, patch: int, rng: np.random.Generator) -> Pair:
+def _turned_crop(images: Images, patch: int, rng: np.random.Generator) -> Images:
     """The crop of the image turned by -30..30 degrees, sampled at once: only the pixels of the crop are computed."""
     height, width = images[0].shape[:2]
     angle = np.deg2rad(rng.uniform(-TURNS, TURNS))
@@ -150,7 +170,16 @@ def training_batches(dataset: CropDataset, first_step: int, device: torch.device
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's generator
     )
-    return iter(loader)
+    return iter(loader) if settings.num_workers else _one_ahead(iter(loader))
+
+
+def _one_ahead(batches: Iterator) -> Iterator:
+    """The same batches; a thread makes the next one while the caller computes with the last."""
+    with ThreadPoolExecutor(1, "crops") as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 def read_whole(path: Path) -> tuple[Tensor, Tensor]:

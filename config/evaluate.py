@@ -1,11 +1,14 @@
 """Whole images through a network: the restored image of every stage, and its scores."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import checkpoint as checkpoints
 import model
@@ -16,6 +19,7 @@ from dataset import read_whole
 from settings import Settings
 
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
+BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,18 +66,25 @@ def open_network(
     return network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step
 
 
-def restore(network: nn.Module, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
-    """The background B_t = O - R_t of every stage, each (3, H, W) in [0, 1], of one rainy image (3, H, W) in [0, 1]."""
-    with torch.inference_mode():
-        return [(O - R[0]).clamp(0, 1) for R in network(O[None], stage_num)]
+def restore(network: nn.Module, O: Tensor, stage_num: int | None = None, memory_gib: float = 0.0) -> Iterator[Tensor]:
+    """The background B_t = O - R_t of every stage, each (3, H, W) in [0, 1], of one rainy image (3, H, W) in [0, 1].
+
+    In a terminal, a bar shows the progress of an image that takes long.
+    """
+    bar = tqdm(total=1.0, delay=3, leave=False, disable=not sys.stderr.isatty(), bar_format=BAR, dynamic_ncols=True)
+    with bar:
+        for R in network.each_stage(O, stage_num, memory_gib, bar.update):
+            yield torch.sub(O, R, out=R).clamp_(0, 1)
 
 
-def restore_8bit(network: nn.Module, O: Tensor, device: torch.device) -> list[Tensor]:
+def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, memory_gib: float = 0.0) -> list[Tensor]:
     """The same for an 8-bit image: (3, H, W) uint8 on the CPU to one (3, H, W) uint8 a stage, as it would be saved."""
-    return [to_8bit(image).cpu() for image in restore(network, O.to(device).float() / 255)]
+    return [to_8bit(image).cpu() for image in restore(network, O.to(device).float() / 255, memory_gib=memory_gib)]
 
 
-def score_pairs(network: nn.Module, paths: list[Path], device: torch.device, each=None) -> np.ndarray:
+def score_pairs(
+    network: nn.Module, paths: list[Path], device: torch.device, each=None, memory_gib: float = 0.0
+) -> np.ndarray:
     """Scores of whole pairs, (pairs, 1 + stages, METRICS): of the rainy input, then of every stage.
 
     `each(path, O, restored, B, rows)` is called after each pair. The network is put in eval mode and back.
@@ -83,7 +94,7 @@ def score_pairs(network: nn.Module, paths: list[Path], device: torch.device, eac
     table = []
     for path in paths:
         O, B = read_whole(path)
-        restored = restore_8bit(network, O, device)
+        restored = restore_8bit(network, O, device, memory_gib)
         rows = [scores(image, B) for image in (O, *restored)]
         table.append([[row[name] for name in METRICS] for row in rows])
         if each:

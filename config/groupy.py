@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convolution import FilterKeeper, conv2d
+from winograd import HALO, KERNEL
+
 
 def _turn(weight: Tensor, r: int) -> Tensor:
     """Filters (O, I, S, k, k) turned by r quarter turns counter-clockwise; S = 1, 4 or 8 orientations move alike."""
@@ -25,7 +28,7 @@ def _mirror(weight: Tensor) -> Tensor:
     return weight.flip(-2).roll(4, 2) if weight.shape[2] == 8 else weight.flip(-2)
 
 
-class GroupConv2d(nn.Module):
+class GroupConv2d(FilterKeeper, nn.Module):
     """Convolution from the plane or a group to a group; the four layers below fix the orientations of both sides.
 
     Arguments as `nn.Conv2d`; `in_channels` and `out_channels` count regular channels, each of which has S orientations.
@@ -55,7 +58,6 @@ class GroupConv2d(nn.Module):
         self.kernel_size, self.stride, self.padding = height, stride, padding
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, self.in_orientations, height, height))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
-        self._kept: tuple | None = None  # (what the filters were made from, filters, bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,51 +66,42 @@ class GroupConv2d(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def filter_bank(self) -> tuple[Tensor, Tensor | None]:
-        """The ordinary convolution's filters (O * S', I * S, k, k) and bias (O * S').
-
-        In eval mode without gradients they are made once and kept until the parameters change.
-        """
-        kept = None
-        if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A parameter is told by its storage and its count of in-place writes; `_apply` (.to(), .half()) forgets
-            # what was kept, because new storage may lie at an old address. Inference tensors keep no count.
-            parameters = [p for p in (self.weight, self.bias) if p is not None]
-            if not any(p.is_inference() for p in parameters):
-                kept = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        if kept is not None and self._kept is not None and self._kept[0] == kept:
-            return self._kept[1:]
+    def make_filters(self) -> tuple[Tensor, Tensor | None]:
+        """The filter bank (O * S', I * S, k, k) and the bias (O * S') of the ordinary convolution."""
         bank = [_turn(self.weight, r) for r in range(4)]
         if self.out_orientations == 8:
             bank += [_mirror(filters) for filters in bank]
         # (O, S', I, S, k, k) -> (O * S', I * S, k, k)
         filters = torch.stack(bank, 1).flatten(0, 1).flatten(1, 2)
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.out_orientations)
-        if kept is not None:
-            self._kept = (kept, filters, bias)
-        return filters, bias
+        return filters, None if self.bias is None else self.bias.repeat_interleave(self.out_orientations)
 
-    def forward(self, x: Tensor) -> Tensor:
-        given = tuple(x.shape)
-        if self.in_orientations == 1 and x.dim() == 4:
-            x = x.unsqueeze(2)  # (N, C, H, W) -> (N, C, 1, H, W)
-        if x.dim() != 5 or tuple(x.shape[1:3]) != (self.in_channels, self.in_orientations):
-            shape = f"(N, {self.in_channels}, {self.in_orientations}, H, W)".replace(", 1,", ",")
-            raise ValueError(f"{type(self).__name__} expects an input of shape {shape}, got {given}")
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Of one feature map, or of several whose channels are taken side by side, as if concatenated."""
+        planes = [self._planes(x) for x in inputs]
+        if sum(x.shape[1] for x in planes) != self.in_channels * self.in_orientations:
+            raise ValueError(f"{self._expects()}, got {', '.join(str(tuple(x.shape)) for x in inputs)}")
+        if self.kernel_size == KERNEL and self.stride in (1, (1, 1)) and self.padding in (HALO, (HALO, HALO)):
+            y = conv2d(planes, self.filters())
+        else:
+            filters = self.filters()
+            y = F.conv2d(torch.cat(planes, 1), filters.filters, filters.bias, self.stride, self.padding)
+        return y.unflatten(1, (self.out_channels, self.out_orientations))  # (N, O * S', H', W') -> (N, O, S', H', W')
+
+    def _planes(self, x: Tensor) -> Tensor:
+        """(N, I, S, H, W) -> (N, I * S, H, W), checked but for I."""
         if x.device != self.weight.device:
             raise ValueError(
                 f"{type(self).__name__} has its weights on {self.weight.device}, but the input is on {x.device}"
             )
-        filters, bias = self.filter_bank()
-        y = F.conv2d(x.flatten(1, 2), filters, bias, self.stride, self.padding)  # (N, O * S', H', W')
-        return y.unflatten(1, (self.out_channels, self.out_orientations))  # (N, O, S', H', W')
+        if self.in_orientations == 1 and x.dim() == 4:
+            return x
+        if x.dim() != 5 or x.shape[2] != self.in_orientations:
+            raise ValueError(f"{self._expects()}, got {tuple(x.shape)}")
+        return x.flatten(1, 2)
 
-    def _apply(self, *arguments, **keywords):
-        self._kept = None
-        return super()._apply(*arguments, **keywords)
-
-    def __getstate__(self) -> dict:  # copies and pickles make their own filters
-        return {**super().__getstate__(), "_kept": None}
+    def _expects(self) -> str:
+        shape = f"(N, {self.in_channels}, {self.in_orientations}, H, W)".replace(", 1,", ",")
+        return f"{type(self).__name__} expects an input of shape {shape}"
 
     def extra_repr(self) -> str:
         return (

@@ -81,7 +81,7 @@ def render(height: int, width: int, style: RainStyle, rng: np.random.Generator) 
     for kind in style.streaks:
         for _ in range(rng.integers(kind.sets[0], kind.sets[1] + 1)):
             turn = kind.turn[0] + (kind.turn[1] - kind.turn[0]) * rng.uniform() ** 2
-            angle = main + turn * rng.choice((-1, 1))
+            angle = main + turn * (-1, 1)[rng.integers(2)]
             rain += _set(height, width, angle, kind, strength * _log_uniform(kind.level, rng), rng)
     return cv2.convertScaleAbs(rain)  # rounds, clips at 255
 
@@ -118,9 +118,9 @@ def _hard_streaks(
     brightness = level * (0.65 + 0.35 * rng.standard_exponential(count, dtype=np.float32))
     lines = np.zeros((rows, width), np.float32)
     lines.reshape(-1)[rng.integers(0, rows * width, count)] = brightness
-    lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)
+    lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
     edge = (across - 1) / 2
-    return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))[length // 2 : length // 2 + height]
+    return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))
 
 
 def _soft_streaks(
@@ -132,8 +132,9 @@ def _soft_streaks(
     # Two boxes in a row give even tapers; one would give the ragged profile of a random walk.
     first, second = max(1, round(0.65 * length)), max(1, round(0.35 * length))
     blurred = cv2.boxFilter(cv2.boxFilter(noise, cv2.CV_32F, (1, first)), -1, (1, second))
+    blurred = blurred[length // 2 : length // 2 + height]
     blur = cv2.getGaussianKernel(2 * ceil(across) + 1, across / 2.355)  # 2.355 sigma is the width at half height
-    blurred = cv2.sepFilter2D(blurred, -1, blur, np.ones(1))[length // 2 : length // 2 + height]
+    blurred = cv2.sepFilter2D(blurred, -1, blur, np.ones(1))
     # The deviation of what is left of the noise (uniform over 0..255) follows from the kernels' weights.
     along = np.convolve(np.full(first, 1 / first), np.full(second, 1 / second))
     deviation = sqrt((256**2 - 1) / 12 * (along**2).sum() * (blur**2).sum())

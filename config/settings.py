@@ -42,6 +42,14 @@ class Settings:
 
     # What it is trained on.
     data_dir: str = knob("", "folder with train, val and test; empty: the built-in set", path=True)
+    rain: str = knob(
+        "",
+        "style of rain, drawn afresh on every clean crop of the training; empty: the rain of the pairs as stored",
+        choices=("rain100h", "rain100l", "rain800"),  # rain.STYLES
+    )
+    clean_dir: str = knob(
+        "", "folder of clean images that rain is drawn on; empty: the clean halves in data_dir/train", path=True
+    )
     aug_data: str = knob(
         "none",
         "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA)",
@@ -49,7 +57,9 @@ class Settings:
     )
     patch_size: int = knob(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = knob(64, "crops in a step (paper: 64)", minimum=1)
-    num_workers: int = knob(0, "processes that cut the crops; 0 cuts them in the training process", minimum=0)
+    num_workers: int = knob(
+        0, "processes that make the crops; 0: a thread makes the next step's during a step", minimum=0
+    )
     cache_gib: float = knob(16.0, "decoded training images kept in memory, GiB; the rest is decoded anew", minimum=0)
 
     # How it is trained.
@@ -62,7 +72,7 @@ class Settings:
         "summed over the stages: mse or l1 of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",
         choices=("mse", "l1", "ssim"),
     )
-    seed: int = knob(0, "seed of the initial weights and of the crops", minimum=0)
+    seed: int = knob(0, "seed of the initial weights, the crops and their rain", minimum=0)
     val_images: int = knob(10, "validation pairs scored at each validation, spread over val; 0: all", minimum=0)
     log_steps: int = knob(50, "steps between two lines of the log and points of the curves", minimum=1)
     save_steps: int = knob(500, "steps between two validations, each with a checkpoint step_N", minimum=1)
@@ -74,6 +84,7 @@ class Settings:
     log_dir: str = knob("logdir", "folder of the TensorBoard events, logs and scores", path=True)
     show_dir: str = knob("showdir", "folder of the derained images and the gallery", path=True)
     device: str = knob("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
+    memory_gib: float = knob(0.0, "memory that deraining an image may take, GiB; 0: what is free (CPU)", minimum=0)
     log_level: str = knob("info", "least level that is printed", choices=("debug", "info", "warning", "error"))
 
     @property
@@ -112,6 +123,8 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
     settings = dataclasses.replace(settings, **paths)
     if settings.group == "z2" and settings.aggregation != "conv":
         raise UserError("aggregation max and mean pool orientations, which ordinary convolutions (group z2) lack")
+    if settings.clean_dir and not settings.rain:
+        raise UserError("clean_dir is for images that rain is drawn on: name its style with --rain")
     if settings.loss == "ssim" and settings.patch_size < 11:
         raise UserError(f"loss ssim needs crops of at least 11x11, the size of its window, got {settings.patch_size}")
     if list(settings.milestones) != sorted(set(settings.milestones)) or min(settings.milestones, default=1) < 1:
@@ -201,7 +214,7 @@ def _check_value(name: str, value: Any) -> None:
         raise UserError(f"{name} must be of type {expected.__name__}, got {value!r}")
     if expected is tuple and any(type(item) is not int for item in value):
         raise UserError(f"{name} must be whole numbers, got {value!r}")
-    if metadata["choices"] and value not in metadata["choices"]:
+    if metadata["choices"] and value not in (FIELDS[name].default, *metadata["choices"]):
         raise UserError(f"{name} can't be {value!r}{_nearest(value, metadata['choices'])}")
     if metadata["minimum"] is not None and not metadata["minimum"] <= value < float("inf"):
         raise UserError(f"{name} must be at least {metadata['minimum']}, got {value}")

@@ -48,15 +48,18 @@ def from_network(restored: Tensor, image: np.ndarray) -> np.ndarray:
     return samples[..., 0] if image.ndim == 2 else np.concatenate([samples, image[..., 3:]], 2)
 
 
-def derain(network: nn.Module, path: Path, paired: bool, stage_num: int, device: torch.device) -> Restored:
+def derain(
+    network: nn.Module, path: Path, paired: bool, stage_num: int, device: torch.device, memory_gib: float = 0.0
+) -> Restored:
     """Read an image, or the rainy half of a joined pair, and restore it. Raises UserError where this file can't be."""
     truth, image = read_pair(path) if paired else (None, read_image(path))
     started = time.perf_counter()
     try:
         O = to_network(image).to(device)
-        backgrounds = restore(network, O, stage_num)
-        stages = [from_network(B, image) for B in backgrounds]
-        change = (backgrounds[-1] - O).abs().mean().item() * 255
+        stages = []
+        for B in restore(network, O, stage_num, memory_gib):
+            stages.append(from_network(B, image))
+        change = torch.sub(B, O, out=B).abs_().mean().item() * 255
     except RuntimeError as error:  # torch's errors of full memory have no class in common
         if "memory" not in str(error):
             raise
@@ -163,7 +166,7 @@ def main(arguments: list[str]) -> int:
     items, taken, terminal = [], set(), sys.stderr.isatty()
     for path in each_image(paths, terminal):
         try:
-            item = derain(network, path, paired, stage_num, device)
+            item = derain(network, path, paired, stage_num, device, settings.memory_gib)
         except UserError as error:
             log.warning(f"skipped: {error}")
             continue

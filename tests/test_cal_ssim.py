@@ -39,6 +39,14 @@ def test_scores_are_scikit_images(name):
     assert result["ssim_y"] == pytest.approx(reference_ssim(x, y), abs=1e-4)
 
 
+@pytest.mark.parametrize("strip", [1, 7, 290, 10000])
+def test_ssim_does_not_depend_on_the_strips(strip, monkeypatch):
+    noisy, clean = rainy_photograph(PHOTOGRAPHS[0])
+    whole = ssim(noisy[None].float(), clean[None].float(), 255).item()
+    monkeypatch.setattr(cal_ssim, "STRIP", strip)
+    assert scores(noisy, clean)["ssim"] == pytest.approx(whole, abs=1e-6)
+
+
 def test_differentiable_ssim_agrees_in_float32():
     noisy, clean = rainy_photograph("coffee")
     value = ssim(noisy[None].float() / 255, clean[None].float() / 255).item()

@@ -1,12 +1,15 @@
-"""Crops: aligned, a function of (seed, step, sample), turned without invented borders; and the first scan."""
+"""Crops and their rain: aligned, a function of (seed, step, sample), without invented borders; and the first scan."""
 
 import dataclasses
+import shutil
+import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+import rain
 from common import UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
@@ -37,19 +40,23 @@ def test_read_whole_pair(data_dir):
 
 
 @pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
-def test_batches_do_not_depend_on_the_workers(data_dir, aug_data):
-    assert same(batches(data_dir, aug_data=aug_data), batches(data_dir, aug_data=aug_data, num_workers=2))
+@pytest.mark.parametrize("style", ["", "rain100h"])
+def test_batches_do_not_depend_on_the_workers(data_dir, aug_data, style):
+    values = {"aug_data": aug_data, "rain": style}
+    assert same(batches(data_dir, **values), batches(data_dir, **values, num_workers=2))
 
 
-def test_resumed_run_sees_what_the_unbroken_one_sees(data_dir):
-    assert same(batches(data_dir)[4:], batches(data_dir, first_step=4))
+@pytest.mark.parametrize("style", ["", "rain100h"])
+def test_resumed_run_sees_what_the_unbroken_one_sees(data_dir, style):
+    assert same(batches(data_dir, rain=style)[4:], batches(data_dir, first_step=4, rain=style))
 
 
-def test_crops_differ_by_seed_step_and_sample(data_dir):
-    crops = torch.cat([O for O, _ in batches(data_dir, steps=20)])
+@pytest.mark.parametrize("style", ["", "rain100h"])
+def test_crops_differ_by_seed_step_and_sample(data_dir, style):
+    crops = torch.cat([O for O, _ in batches(data_dir, steps=20, rain=style)])
     assert len(crops) == 80
     assert len({crop.numpy().tobytes() for crop in crops}) > 70
-    assert not same(batches(data_dir), batches(data_dir, seed=4))
+    assert not same(batches(data_dir, rain=style), batches(data_dir, rain=style, seed=4))
 
 
 def test_an_epoch_goes_through_all_pairs(data_dir, monkeypatch):
@@ -119,6 +126,100 @@ def test_every_place_of_the_image_is_cut():
     image = np.arange(40 * 40, dtype=np.uint16).reshape(40, 40, 1).astype(np.float32).repeat(3, 2)
     corners = [random_crop((image, image), 38, "none", np.random.default_rng(seed))[0][0, 0, 0] for seed in range(200)]
     assert {int(corner) for corner in corners} == {row * 40 + column for row in range(3) for column in range(3)}
+
+
+@pytest.fixture
+def clean_dir(tmp_path):
+    """Clean images that are grey all over, each in a level of its own, so that what was drawn can be told."""
+    folder = tmp_path / "clean"
+    folder.mkdir()
+    for name, level in (("a.png", 60), ("b.png", 220)):
+        cv2.imwrite(str(folder / name), np.full((30, 20), level, np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize("style", rain.STYLES)
+@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
+def test_drawn_rain_is_grey_added_and_clipped(data_dir, clean_dir, style, aug_data):
+    """`B` is the clean crop, `O = clip(B + R)` with one grey R >= 0."""
+    crops = dataset(data_dir, rain=style, clean_dir=str(clean_dir), aug_data=aug_data, steps=20)
+    levels = set()
+    for O, B in (crops[sample] for sample in range(40)):
+        assert O.shape == B.shape == (3, 16, 16)
+        assert B.min() == B.max()
+        levels.add(int(B.max()))
+        assert (O >= B).all()
+        assert (O[:1] == O).all()  # on grey, grey rain leaves grey
+    assert levels == {60, 220}
+    clipped = torch.stack([crops[sample][0] for sample in range(40)]).max()
+    assert clipped == 255 or style != "rain100h"
+
+
+def test_rain_is_drawn_on_the_crops_of_the_pairs_clean_halves(data_dir):
+    stored, drawn = batches(data_dir), batches(data_dir, rain="rain100h")
+    for (O, B), (rainy, clean) in zip(stored, drawn, strict=True):
+        assert torch.equal(B, clean)
+        assert not torch.equal(O, rainy)
+        assert rainy.float().mean() > clean.float().mean() + 10
+
+
+def test_one_crop_has_other_rain_in_another_step(data_dir, clean_dir):
+    (clean_dir / "b.png").unlink()
+    rainy = [O for O, _ in batches(data_dir, rain="rain100h", clean_dir=str(clean_dir), steps=20)]
+    assert len({crop.numpy().tobytes() for crop in torch.cat(rainy)}) == 80
+
+
+def test_clean_halves_alone_are_kept(data_dir):
+    """What is kept must not hold on to the joined image, which is twice as large."""
+    crops = dataset(data_dir, rain="rain100l")
+    assert all(len(images) == 1 and images[0].base is None for images in crops.kept.values())
+    room = sum(images[0].nbytes for images in crops.kept.values()) / 2**30
+    assert len(dataset(data_dir, rain="rain100l", cache_gib=room).kept) == 5
+    assert len(dataset(data_dir, cache_gib=room).kept) == 2
+
+
+def test_the_next_batch_is_made_during_a_step(data_dir, monkeypatch):
+    """With no workers, the thread is one batch ahead, and no more."""
+    made = []
+    cut = CropDataset.__getitem__
+    monkeypatch.setattr(CropDataset, "__getitem__", lambda self, sample: made.append(sample) or cut(self, sample))
+    coming = training_batches(dataset(data_dir), 0, torch.device("cpu"))
+    next(coming)
+    end = time.monotonic() + 30
+    while len(made) < 8 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == list(range(8))
+    assert len(list(coming)) == 5
+    assert made == list(range(24))
+
+
+def test_file_that_vanishes_is_told_by_the_thread(data_dir):
+    crops = dataset(data_dir, cache_gib=0.0, steps=100)
+    coming = training_batches(crops, 0, torch.device("cpu"))
+    next(coming)
+    for path in crops.paths:
+        path.unlink()
+    with pytest.raises(UserError, match=r"can't be read: No such file"):
+        list(coming)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "clean is missing: clean_dir is a folder of clean images"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "clean holds no images: clean_dir"),
+        (
+            lambda folder: cv2.imwrite(str(folder / "b.png"), np.zeros((15, 40))),
+            "b.png is 40x15, smaller than the patch",
+        ),
+        (lambda folder: (folder / "a.png").write_text("text"), "a.png is no image that can be read"),
+    ],
+)
+def test_clean_images_that_are_refused(data_dir, clean_dir, spoil, message):
+    spoil(clean_dir)
+    with pytest.raises(UserError, match=message):
+        dataset(data_dir, rain="rain100h", clean_dir=str(clean_dir))
 
 
 def test_missing_and_empty_folders(tmp_path):

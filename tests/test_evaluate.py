@@ -55,8 +55,8 @@ def test_restore_subtracts_the_rain_layer(saved, device):
     with torch.no_grad():
         expected = [(O - R[0]).clamp(0, 1) for R in network(O[None])]
     for image, other in zip(evaluate.restore(network, O), expected, strict=True):
-        assert torch.equal(image, other)
-    assert len(evaluate.restore(network, O, 1)) == 1
+        assert (image - other).abs().max() < 1e-6  # forward goes another way on the CPU
+    assert len(list(evaluate.restore(network, O, 1))) == 1
 
 
 def test_score_pairs_is_the_scores_of_8bit_images(saved, data_dir):

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 import checkpoint as checkpoints
 import main
 from common import ROOT, UserError
+from conftest import make_pair
 from presets import PRESETS
 from settings import resolve
 
@@ -66,6 +67,35 @@ def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path):
     call(*words, "--run", "unbroken", "--steps", 4)
     assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
     assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "step_2", "unbroken"))
+
+
+def test_drawn_rain_resumes_too(places, tmp_path):
+    words = ["-a", "train", *SMALL, *LONG, *places, "--rain", "rain100h", "--clean_dir", clean_images(tmp_path)]
+    call(*words, "--run", "broken", "--steps", 2)
+    call("-a", "train", *places, "--run", "broken", "--steps", 4)
+    call(*words, "--run", "unbroken", "--steps", 4)
+    call("-a", "train", *SMALL, *LONG, *places, "--run", "stored", "--steps", 4)
+    assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
+    assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "stored"))
+
+
+def test_other_rain_than_in_the_checkpoint_is_told(places, tmp_path, capsys):
+    clean_dir = clean_images(tmp_path)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    call("-a", "train", *places, "--rain", "rain800", "--clean_dir", clean_dir, "--steps", 2)
+    out = capsys.readouterr().out
+    assert "other than in the checkpoint: rain '' is now 'rain800', " in out
+    assert f"clean_dir '' is now '{clean_dir}'" in out
+    assert f"2 clean images, rain800 rain drawn on their crops, from {clean_dir}, 2 of them kept in memory" in out
+    assert read(tmp_path, "latest").settings.clean_dir == str(clean_dir)
+
+
+def clean_images(tmp_path):
+    folder = tmp_path / "clean"
+    folder.mkdir()
+    for index in range(2):
+        cv2.imwrite(str(folder / f"{index}.jpg"), make_pair(30, 40, index)[0])
+    return folder
 
 
 def test_training_lowers_the_loss(places, tmp_path):
@@ -190,6 +220,37 @@ def test_clip_norm_bounds_the_step():
     assert lengths[1e-3] == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("loss", main.LOSSES)
+def test_crops_in_pieces_give_the_whole_batchs_gradients(loss, monkeypatch):
+    O, B = torch.rand(2, 5, 3, 16, 16)
+    settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "loss": loss})
+    found = []
+    for pixels in (10**6, 2 * 16 * 16, 1):  # all crops at once, two at a time with one left over, one at a time
+        monkeypatch.setattr(main, "PIECE_PIXELS", pixels)
+        torch.manual_seed(0)
+        network = main.model.build(settings)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+        result = main.train_step(network, optimizer, O, B, settings, True)
+        found.append((result, torch.cat([p.grad.flatten() for p in network.parameters()])))
+    whole, gradient = found[0]
+    assert set(whole) == {"loss", *(f"stage_{t}/{name}" for t in (1, 2) for name in ("loss", "psnr", "ssim"))}
+    for result, other in found[1:]:
+        assert result == pytest.approx(whole, rel=1e-5)
+        assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_loss_that_is_not_finite_in_one_piece_changes_nothing(monkeypatch):
+    monkeypatch.setattr(main, "PIECE_PIXELS", 1)
+    settings = resolve("dsen", {"channel": 2, "depth": 4})
+    network = main.model.build(settings)
+    before = torch.nn.utils.parameters_to_vector(network.parameters()).clone()
+    O, B = torch.rand(2, 3, 3, 16, 16)
+    O[1] = float("nan")
+    result = main.train_step(network, torch.optim.SGD(network.parameters(), lr=1.0), O, B, settings, False)
+    assert np.isnan(result["loss"])
+    assert torch.equal(torch.nn.utils.parameters_to_vector(network.parameters()), before)
+
+
 def test_learning_rate():
     settings = resolve()
     rates = [main.learning_rate(settings, step) for step in (0, 14999, 15000, 17499, 17500, 19999)]
@@ -300,6 +361,8 @@ def files(folder):
         (["-m", "nowhere"], "no checkpoint 'nowhere' in"),
         (["--patch_size", "1000"], "smaller than the patch of 1000x1000"),
         (["--aggregation", "max", "--group", "z2"], "aggregation max and mean pool orientations"),
+        (["--clean_dir", "photographs"], "name its style with --rain"),
+        (["--clean_dir", "nowhere", "--rain", "rain100h"], "nowhere is missing: clean_dir is a folder of clean images"),
     ],
 )
 def test_command_that_is_refused_writes_nothing(places, tmp_path, words, part):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import model
 from conftest import GOLDEN
+from convolution import FilterKeeper
 from model import DSEN, build, count_parameters, macs_per_pixel
 from presets import PRESETS
 from test_groupy import turn
@@ -56,6 +57,29 @@ def test_published_outputs_at_every_stage(name, stages, training, device):
         assert (R.cpu() - reference).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("name", "stages"), [("dsen", 1), ("sdsen", 8)])
+def test_published_outputs_one_stage_after_another(name, stages, device):
+    network, O, expected = published(name)
+    rain_layers = list(network.eval().to(device).each_stage(O[0].to(device)))
+    assert len(rain_layers) == stages
+    for R, reference in zip(rain_layers, expected, strict=True):
+        assert (R.cpu() - reference[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("group", ["p4", "z2"])
+def test_filters_are_made_once_for_all_stages_gradients_included(group, monkeypatch):
+    network = small(stage_num=3, link="concat", group=group)
+    layers = [module for module in network.modules() if isinstance(module, FilterKeeper)]
+    assert len(layers) == 1 + 2 + 2 + 1
+    made = []
+    for layer in layers:
+        make = layer.make_filters
+        monkeypatch.setattr(layer, "make_filters", lambda layer=layer, make=make: made.append(layer) or make())
+    network.train()
+    network(torch.rand(1, 3, 8, 8, dtype=torch.float64))[-1].sum().backward()
+    assert len(made) == len(set(made)) == len(layers)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameter_counts_are_the_papers(name):
     assert count_parameters(build(name)) == PARAMETERS[name]
@@ -68,6 +92,7 @@ def test_cost_of_sdsen():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_maps_any_size_and_learns(name):
+    torch.manual_seed(3)  # with some seeds the SE block's ReLU passes nothing at first, and its layer has no gradient
     network = build(name)
     O = torch.rand(2, 3, 9, 14)
     rain_layers = network(O, 2)

@@ -92,6 +92,26 @@ def test_a_crop_has_the_figures_of_a_picture():
         assert np.std(small) == pytest.approx(np.std(large), rel=0.08)
 
 
+@pytest.mark.parametrize("name", STYLES)
+def test_a_crop_drawn_directly_has_the_figures_of_one_cut_from_a_picture(name):
+    """Over many pictures: mean, percentiles and % of pixels above 8, and the means of the four edges."""
+    cut, drawn = [], []
+    for seed in range(400):
+        rng = np.random.default_rng([1, seed])
+        picture = rain.render(321, 481, STYLES[name], rng)
+        top, left = rng.integers(321 - 63), rng.integers(481 - 63)
+        cut.append(picture[top : top + 64, left : left + 64])
+        drawn.append(rain.render(64, 64, STYLES[name], np.random.default_rng([2, seed])))
+    figures = [
+        [layers.mean(), *np.percentile(layers, (90, 99)), 100 * (layers > 8).mean()]
+        for layers in map(np.array, (cut, drawn))
+    ]
+    assert figures[1] == pytest.approx(figures[0], rel=0.12)
+    drawn = np.array(drawn, float)
+    edges = [drawn[:, 0].mean(), drawn[:, -1].mean(), drawn[:, :, 0].mean(), drawn[:, :, -1].mean()]
+    assert edges == pytest.approx([drawn.mean()] * 4, rel=0.06)
+
+
 # Medians over pictures of: mean of R, its 99th percentile, % of pixels above 8 grey levels, each with room for chance.
 # On a ramp from black to nearly white, as on photographs, clipping takes a part of R away.
 FIGURES = {

@@ -2,6 +2,7 @@
 
 import pytest
 
+import rain
 import settings as knobs
 from common import ROOT, UserError
 from presets import PRESETS
@@ -85,12 +86,25 @@ def test_words_that_are_refused(words, message):
         ({"group": "z2", "aggregation": "max"}, "aggregation max and mean"),
         ({"loss": "ssim", "patch_size": 10}, "loss ssim needs crops of at least 11x11"),
         ({"run": "../out"}, "run is the name of a folder"),
+        ({"rain": "rain100x"}, "rain can't be 'rain100x'; the nearest is rain100"),
+        ({"rain": "snow"}, "rain can't be 'snow'; there are rain100h, rain100l, rain800"),
+        ({"clean_dir": "photographs"}, "clean_dir is for images that rain is drawn on: name its style with --rain"),
     ],
 )
 def test_values_that_are_refused(values, message):
     with pytest.raises(UserError) as error:
         replace(Settings(), values)
     assert str(error.value).startswith(message)
+
+
+def test_rain_is_none_or_a_style_of_rain_py():
+    assert knobs.FIELDS["rain"].metadata["choices"] == tuple(rain.STYLES)
+    assert read_overrides(["--rain", ""]) == {"rain": ""}
+    drawn = replace(Settings(), {"rain": "rain800", "clean_dir": "clean"})
+    assert drawn.clean_dir == str(ROOT / "clean")
+    assert replace(drawn, {"rain": "", "clean_dir": ""}) == replace(Settings(), {})
+    with pytest.raises(UserError, match="name its style with --rain"):
+        replace(drawn, {"rain": ""})
 
 
 def test_unknown_preset_names_the_nearest():
@@ -100,11 +114,13 @@ def test_unknown_preset_names_the_nearest():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_survive_a_checkpoint(name):
-    settings = resolve(name, {"milestones": (4,), "data_dir": str(ROOT / "data" / "rain800"), "log_dir": "/elsewhere"})
+    folders = {"data_dir": str(ROOT / "data" / "rain800"), "clean_dir": str(ROOT / "data" / "clean")}
+    settings = resolve(name, {"milestones": (4,), "rain": "rain800", **folders, "log_dir": "/elsewhere"})
     values = to_dict(settings)
     assert from_dict(values) == settings
     assert from_dict({**values, "milestones": [4], "of_the_future": 1}) == settings
     assert (values["data_dir"], values["model_dir"], values["log_dir"]) == ("data/rain800", "models", "/elsewhere")
+    assert values["clean_dir"] == "data/clean"
 
 
 def test_every_knob_says_what_it_is():

@@ -128,7 +128,7 @@ def test_grey_is_the_mean_of_the_channels_and_alpha_is_not_touched(run, tmp_path
     assert run("plain", "-i", tmp_path / "grey.png", tmp_path / "alpha.png") == 0
     network, *_ = evaluate.open_network(None, "plain", {"model_dir": str(tmp_path / "models"), "device": "cpu"})
     O = torch.from_numpy(grey.astype(np.float32)).expand(3, -1, -1) / 65535
-    expected = (evaluate.restore(network, O)[-1].mean(0) * 65535).round().numpy().astype(np.uint16)
+    expected = (list(evaluate.restore(network, O))[-1].mean(0) * 65535).round().numpy().astype(np.uint16)
     np.testing.assert_array_equal(read_image(tmp_path / "out/plain/grey.png"), expected)
     assert np.unique(expected).size > 60  # 16 bits were not taken through 8
     result = read_image(tmp_path / "out/plain/alpha.png")
@@ -178,10 +178,10 @@ def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path
 
 
 def test_an_image_too_large_for_the_memory_is_skipped(run, tmp_path, picture, capsys, monkeypatch):
-    def restore(network, O, stage_num):
+    def restore(network, O, stage_num, memory_gib):
         if O.shape[1] > 9:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
-        return evaluate.restore(network, O, stage_num)
+        return evaluate.restore(network, O, stage_num, memory_gib)
 
     monkeypatch.setattr(show, "restore", restore)
     write_image(tmp_path / "in/large.png", picture(10, 12, 3))

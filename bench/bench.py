@@ -1,0 +1,438 @@
+"""Times the product against the plain published forward (reference.py), in one process, alternately.
+
+    python bench/bench.py                        # everything, on the CPU, some minutes
+    python bench/bench.py --only inference
+    python bench/bench.py --device cuda --json numbers.json
+
+FLOPs are nominal: those of the plain algorithm, two for each of `model.macs_per_pixel`, and a training step counts as
+three forwards. The product does fewer multiplications, so its share of the limit may exceed 100 %. The limits are
+measured in the same run: the best rates of a large float32 matrix product and of a large copy. Peak memory is measured
+in a fresh process for each side and kind, and is what one run adds to the interpreter with its imports and network.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
+
+import cv2
+import numpy as np
+import torch
+
+import checkpoint as checkpoints
+import evaluate
+import model
+import reference
+import settings as knobs
+from checkpoint import Checkpoint
+from common import ROOT, Parser, UserError, run_script
+from dataset import CropDataset, training_batches
+from image_io import write_bytes, write_image
+from main import train_step
+from rain import STYLES, add_rain
+from settings import Settings
+
+SIDES = ("reference", "product")
+KINDS = ("inference", "training")
+SECTIONS = (*KINDS, "startup", "data")
+PRESET = "sdsen"
+IMAGE = (321, 481)  # height, width: a BSD photograph, as beneath the paper's data sets
+BATCH, PATCH = 8, 64
+BUDGET = {"inference": 40.0, "training": 35.0}  # seconds for the repeats, beside the warm-up
+LEAST, MOST = 3, 30  # repeats, where none are asked for
+
+Numbers = dict[str, Any]
+
+
+# ---------------------------------------------------------------- what is run
+
+
+def make_inference(side: str, settings: Settings, device: torch.device, height: int, width: int) -> Callable:
+    """A function that restores one image and returns the backgrounds [B_1, ..., B_T], each (3, H, W)."""
+    network, rng = _network_and_generator(settings)
+    O = torch.rand(3, height, width, generator=rng).to(device)
+    if side == "product":
+        network = network.to(device).eval()
+        return lambda: list(evaluate.restore(network, O))
+    plain = reference.build(settings, network.state_dict()).to(device).eval()
+    return lambda: reference.restore(plain, O)
+
+
+def make_training(side: str, settings: Settings, device: torch.device, batch: int, patch: int) -> Callable:
+    """A function that does one step of Adam, always on the same crops, and returns the loss."""
+    network, rng = _network_and_generator(settings)
+    B = torch.rand(batch, 3, patch, patch, generator=rng)
+    O = (B + 0.2 * torch.rand(B.shape, generator=rng)).clamp(0, 1).to(device)
+    B = B.to(device)
+    if side == "product":
+        network = network.to(device).train()
+        optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
+        return lambda: train_step(network, optimizer, O, B, settings, scored=False)["loss"]
+    plain = reference.build(settings, network.state_dict()).to(device).train()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=settings.lr)
+    return lambda: reference.train_step(plain, optimizer, O, B)
+
+
+def _network_and_generator(settings: Settings) -> tuple[model.DSEN, torch.Generator]:
+    """The product's network, with the same weights at each call, and a generator for its inputs."""
+    torch.manual_seed(0)
+    return model.build(settings), torch.Generator().manual_seed(0)
+
+
+MAKERS = {"inference": (make_inference, IMAGE), "training": (make_training, (BATCH, PATCH))}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable, device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def alternate(
+    runs: dict[str, Callable], device: torch.device, repeats: int | None, budget: float
+) -> dict[str, list[float]]:
+    """Seconds of each call: all runs in turn, `repeats` times, or as often as `budget` seconds allow.
+
+    In turn, because the machine's speed drifts while other work comes and goes.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    for done in range(1, (repeats or MOST) + 1):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+        elapsed = time.perf_counter() - started
+        if not repeats and done >= LEAST and elapsed * (done + 1) / done > budget:
+            break
+    return seconds
+
+
+def summary(seconds: list[float]) -> Numbers:
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "seconds": seconds}
+
+
+def traffic_per_pixel(network: model.DSEN) -> int:
+    """Bytes for each pixel of the input, all stages, if a convolution reads its inputs and writes its outputs once."""
+    planes = 0
+    for module in network.modules():
+        if hasattr(module, "in_channels"):
+            planes += module.in_channels * getattr(module, "in_orientations", 1)
+            planes += module.out_channels * getattr(module, "out_orientations", 1)
+    return 4 * planes * network.stage_num
+
+
+def measure(
+    kind: str, settings: Settings, device: torch.device, size: tuple[int, int], repeats: int | None, budget: float
+) -> Numbers:
+    """Both sides' times of "inference" on one image (H, W) or "training" on (N, patch), and how far they agree."""
+    make, _ = MAKERS[kind]
+    runs = {side: make(side, settings, device, *size) for side in SIDES}
+    first = {side: run() for side, run in runs.items()}  # the warm-up
+    numbers: Numbers = {side: summary(s) for side, s in alternate(runs, device, repeats, budget).items()}
+    network = model.build(settings)
+    pixels = size[0] * size[1] if kind == "inference" else size[0] * size[1] ** 2
+    forwards = 1 if kind == "inference" else 3
+    numbers["nominal_gflop"] = 2e-9 * forwards * pixels * model.macs_per_pixel(network)
+    numbers["nominal_gb"] = 1e-9 * forwards * pixels * traffic_per_pixel(network)
+    numbers["speedup"] = numbers["reference"]["median"] / numbers["product"]["median"]
+    plain, product = first.values()
+    if kind == "inference":
+        pairs = zip(plain, product, strict=True)
+        numbers["difference"] = max((a - b).abs().max().item() for a, b in pairs)
+    else:
+        numbers["difference"] = abs(plain - product) / abs(plain)
+    return numbers
+
+
+def peak_memory(side: str, kind: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Numbers:
+    """Bytes at the peak `before` one run and those that the run `added`, in this process, which must be a fresh one."""
+    run = MAKERS[kind][0](side, settings, device, *size)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        before = _peak_resident()
+    run()
+    after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+    return {"before": before, "added": max(0, after - before)}  # Linux's count may fall by some pages
+
+
+def _peak_resident() -> int:
+    """Bytes of this process's memory at its peak."""
+    import resource  # Unix only, as the tests and scripts are, but importing this module should need nothing
+
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: there ru_maxrss of a young process is its parent's
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure_peaks(kind: str, device: torch.device) -> dict[str, Numbers]:
+    """`peak_memory` of both sides, each in a fresh process."""
+    peaks = {}
+    for side in SIDES:
+        output = _run([sys.executable, __file__, "--peak", side, kind, "--device", str(device)])
+        peaks[side] = json.loads(output)
+    return peaks
+
+
+def _run(command: list[str]) -> str:
+    """The standard output of a command. Raises UserError with its last line where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "without a word").splitlines()[-1]
+        raise UserError(f"{' '.join(command)} failed: {last}")
+    return done.stdout
+
+
+def measure_startup(device: torch.device, repeats: int | None) -> Numbers:
+    """Seconds of `show.py` on one small image, and of importing torch alone, which is most of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = knobs.resolve("sdsen_s2", {"model_dir": folder, "show_dir": str(Path(folder, "show"))})
+        path = Path(folder, "random", "latest.pth")
+        network, _ = _network_and_generator(settings)
+        checkpoints.save(path, Checkpoint(network.state_dict(), 0, settings))
+        image = Path(folder, "small.png")
+        write_image(image, make_clean(48, 64, 0))
+        show = [sys.executable, str(ROOT / "config" / "show.py"), "-i", str(image), "-m", str(path)]
+        show += ["--show_dir", settings.show_dir, "--device", str(device)]
+        runs = {
+            "import_torch": lambda: _run([sys.executable, "-c", "import torch"]),
+            "show": lambda: _run(show),
+        }
+        for run in runs.values():
+            run()
+        return {name: summary(s) for name, s in alternate(runs, device, repeats or LEAST, 0).items()}
+
+
+def make_clean(height: int, width: int, seed: int) -> np.ndarray:
+    """A picture without rain, (H, W, 3) uint8: smooth colours and some texture."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(20, 200, (8, 12, 3)).astype(np.float32)
+    smooth = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth + rng.normal(0, 5, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def measure_data(
+    settings: Settings,
+    device: torch.device,
+    step: Callable,
+    size: tuple[int, int] = IMAGE,
+    images: int = 8,
+    repeats: int = LEAST,
+) -> Numbers:
+    """What the crops cost: seconds of making a batch, with nothing beside it, and seconds that a step waits for one.
+
+    A step is `step()`. The batches come as in training, made beside the step before; shares are of the whole step.
+    """
+    numbers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, clean = Path(folder, "pairs"), Path(folder, "clean")
+        for index in range(images):
+            B = make_clean(*size, index)
+            O = add_rain(B, STYLES["rain100h"], np.random.default_rng(index))
+            write_image(pairs / f"{index}.png", np.hstack([B, O]))
+            write_image(clean / f"{index}.png", B)
+        sources = {"stored pairs": {}, "rain drawn, rain100h": {"rain": "rain100h", "clean_dir": str(clean)}}
+        for name, overrides in sources.items():
+            source = knobs.replace(settings, {**overrides, "num_workers": 0})
+            batches = training_batches(CropDataset(pairs, source), 0, device)
+
+            def fetch(batches=batches):
+                return [x.to(device).float() / 255 for x in next(batches)]
+
+            fetch()
+            making = summary(alternate({"making": fetch}, device, 4 * repeats, 0)["making"])
+            in_turn = alternate({"waiting": fetch, "step": step}, device, repeats + 1, 0)
+            waiting, steps = (summary(in_turn[part][1:]) for part in ("waiting", "step"))  # no step beside the first
+            whole = waiting["median"] + steps["median"]
+            numbers[name] = {
+                "making": making,
+                "waiting": waiting,
+                "step": steps,
+                "making_share": making["median"] / whole,
+                "waiting_share": waiting["median"] / whole,
+            }
+    return numbers
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def describe_machine(device: torch.device) -> Numbers:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    numbers = {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        numbers["gpu"] = torch.cuda.get_device_name(device)
+    return numbers
+
+
+def _cpu_model() -> str:
+    try:
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):  # no such file, or no such line on some processors
+        return platform.processor() or platform.machine()
+
+
+def measure_limits(device: torch.device, side: int | None = None, megabytes: int | None = None) -> Numbers:
+    """The best GFLOP/s of a float32 matrix product of `side` cubed, and the best GB/s, read and written, of a copy."""
+    large = device.type == "cuda"
+    side, megabytes = side or (8192 if large else 2048), megabytes or (1024 if large else 256)
+    a, b, c = (torch.rand(side, side, device=device) for _ in range(3))
+    x = torch.rand(megabytes * 2**18, device=device)
+    y = torch.empty_like(x)
+    precision = torch.get_float32_matmul_precision()
+    if large and torch.backends.cudnn.allow_tf32:
+        torch.set_float32_matmul_precision("high")  # as the convolutions are allowed to round
+    runs = {"product": lambda: torch.mm(a, b, out=c), "copy": lambda: y.copy_(x)}
+    alternate(runs, device, 1, 0)
+    seconds = alternate(runs, device, 10, 0)
+    torch.set_float32_matmul_precision(precision)
+    return {
+        "gflops": 2e-9 * side**3 / min(seconds["product"]),
+        "side": side,
+        "gb_per_second": 2e-9 * x.nbytes / min(seconds["copy"]),
+        "megabytes": megabytes,
+    }
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A title with the heads of the columns, and lines of a label and right-aligned cells."""
+    lines = [[title, *columns], *([f"  {label}", *cells] for label, *cells in rows)]
+    return "\n".join(f"{label:46}" + "".join(f"{cell:>24}" for cell in cells) for label, *cells in lines)
+
+
+def kind_rows(numbers: Numbers, limits: Numbers) -> list[list[str]]:
+    """The rows of `measure`, for `table`."""
+
+    def both(label: str, text: Callable[[Numbers], str]) -> list[str]:
+        return [label, *(text(numbers[side]) for side in SIDES)]
+
+    gflop, gb = numbers["nominal_gflop"], numbers["nominal_gb"]
+    rows = [
+        [*both("median, s", lambda n: f"{n['median']:.3f}"), f"{numbers['speedup']:.2f} times faster"],
+        both("min .. max, s (repeats)", lambda n: f"{n['min']:.3f} .. {n['max']:.3f} ({len(n['seconds'])})"),
+        both("nominal GFLOP/s", lambda n: f"{gflop / n['median']:.1f}"),
+        both("  share of the matrix product's", lambda n: f"{gflop / n['median'] / limits['gflops']:.1%}"),
+        both("  share of the copy's GB/s, nominal", lambda n: f"{gb / n['median'] / limits['gb_per_second']:.1%}"),
+    ]
+    if "peaks" in numbers:
+        peaks = numbers["peaks"]
+        ratio = peaks["reference"]["added"] / max(1, peaks["product"]["added"])
+        added = [f"{peaks[side]['added'] / 2**20:.0f}" for side in SIDES]
+        rows.append(["peak memory added by one run, MiB", *added, f"{ratio:.2f} times less"])
+        rows.append(["  to that of imports and network, MiB", *(f"{peaks[s]['before'] / 2**20:.0f}" for s in SIDES)])
+    return rows
+
+
+def startup_rows(numbers: Numbers) -> list[list[str]]:
+    """The rows of `measure_startup`, for `table`."""
+    labels = {"import_torch": "import torch alone", "show": "show.py, sdsen_s2, one 64x48 image"}
+    return [[labels[name], f"{n['median']:.2f}", f"{n['min']:.2f} .. {n['max']:.2f}"] for name, n in numbers.items()]
+
+
+def data_rows(numbers: Numbers) -> list[list[str]]:
+    """The rows of `measure_data`, for `table`."""
+    rows = []
+    for name, n in numbers.items():
+        making, waiting = (1000 * n[part]["median"] for part in ("making", "waiting"))
+        shares = f"{n['making_share']:.2%}", f"{n['waiting_share']:.2%}"
+        rows.append([name, f"{making:.2f} ({shares[0]})", f"{waiting:.2f} ({shares[1]})"])
+    return rows
+
+
+# ---------------------------------------------------------------- the command
+
+
+def bench(device: torch.device, sections: tuple[str, ...], repeats: int | None) -> Numbers:
+    """Measure and print the sections in turn; returns all numbers."""
+    settings = knobs.resolve(PRESET, {"batch_size": BATCH, "patch_size": PATCH})
+    machine, limits = describe_machine(device), measure_limits(device)
+    print("machine:", ", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(
+        f"limits:  matrix product of {limits['side']} cubed, float32: {limits['gflops']:.1f} GFLOP/s; copy of "
+        f"{limits['megabytes']} MiB: {limits['gb_per_second']:.1f} GB/s",
+        flush=True,
+    )
+    result: Numbers = {"machine": machine, "limits": limits}
+    titles = {
+        "inference": f"inference: {PRESET}, one {IMAGE[1]}x{IMAGE[0]} image",
+        "training": f"training step: {PRESET}, {BATCH} crops of {PATCH}x{PATCH}",
+    }
+    differences = {"inference": "max abs difference of the stages' outputs", "training": "rel. difference of the loss"}
+    for kind in (kind for kind in KINDS if kind in sections):
+        numbers = result[kind] = measure(kind, settings, device, MAKERS[kind][1], repeats, BUDGET[kind])
+        numbers["peaks"] = measure_peaks(kind, device)
+        rows = [*kind_rows(numbers, limits), [differences[kind], "", f"{numbers['difference']:.1e}"]]
+        print("\n" + table(titles[kind], [*SIDES, "ratio"], rows), flush=True)
+    if "startup" in sections:
+        result["startup"] = measure_startup(device, repeats)
+        print(
+            "\n" + table("start-up, imports included", ["median, s", "min .. max, s"], startup_rows(result["startup"]))
+        )
+    if "data" in sections:
+        step = make_training("product", settings, device, BATCH, PATCH)
+        step()
+        numbers = result["data"] = measure_data(settings, device, step)
+        title = f"{BATCH} crops of {PATCH}x{PATCH}, ms (share of a step)"
+        print("\n" + table(title, ["making them", "waiting for them"], data_rows(numbers)), flush=True)
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(description="Time the product against the plain published forward, and print a table.")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure these alone")
+    parser.add_argument("--repeats", type=int, help="timings of each; default: as many as some time allows")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # for `measure_peaks`: side and kind
+    known = parser.parse_args(arguments)
+    device = evaluate.pick_device(known.device)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {known.device!r}: the bench knows cpu and cuda")
+    if known.repeats is not None and known.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {known.repeats}")
+    if known.peak:
+        side, kind = known.peak
+        print(json.dumps(peak_memory(side, kind, knobs.resolve(PRESET), device, MAKERS[kind][1])))
+        return
+    numbers = bench(device, tuple(known.only), known.repeats)
+    if known.json:
+        write_bytes(known.json, json.dumps(numbers, indent=2).encode())
+
+
+if __name__ == "__main__":
+    run_script(main)

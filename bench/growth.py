@@ -1,0 +1,64 @@
+"""How time and memory of deraining grow with the pixels: S-DSEN with eight stages on images of 0.15 to 12 megapixels.
+
+    python bench/growth.py                     # the table, about ten minutes on two cores
+    python bench/growth.py --memory_gib 4      # the same with the process held to 4 GiB
+
+Each size runs in a process of its own; its peak is what the system reports of it, Python and PyTorch included.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
+
+SIZES = [(481, 321), (894, 671), (1789, 1342), (4000, 3000)]
+
+
+def measure(width: int, height: int, stage_num: int, memory_gib: float) -> dict[str, float]:
+    """Seconds and peak memory, bytes, of one random image through initial weights."""
+    import torch
+
+    import evaluate
+    import model
+
+    torch.manual_seed(0)
+    network = model.build("sdsen").eval()
+    O = torch.rand(3, height, width)
+    started = time.perf_counter()
+    for _ in evaluate.restore(network, O, stage_num, memory_gib):
+        pass
+    seconds = time.perf_counter() - started
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory_gib", type=float, default=0.0, help="bound of the process's memory; 0: what is free")
+    parser.add_argument("--stages", type=int, default=8)
+    parser.add_argument("--sizes", nargs="+", metavar="WxH", default=[f"{width}x{height}" for width, height in SIZES])
+    parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
+    known = parser.parse_args()
+    if known.one:
+        print(json.dumps(measure(*known.one, known.stages, known.memory_gib)))
+        return
+    print("| pixels | megapixels | seconds | seconds a megapixel | peak memory, GiB |\n|---|---|---|---|---|")
+    for size in known.sizes:
+        width, height = map(int, size.split("x"))
+        options = ["--stages", str(known.stages), "--memory_gib", str(known.memory_gib)]
+        command = [sys.executable, __file__, "--one", str(width), str(height), *options]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        seconds, megapixels = found["seconds"], width * height / 1e6
+        print(
+            f"| {size} | {megapixels:.2f} | {seconds:.1f} | {seconds / megapixels:.1f} | {found['peak'] / 2**30:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
