@@ -111,16 +111,20 @@ def timed(run: Callable, device: torch.device) -> float:
 
 
 def alternate(
-    runs: dict[str, Callable], device: torch.device, repeats: int | None, budget: float
+    runs: dict[str, Callable], device: torch.device, repeats: int | None, budget: float, settle: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each call: all runs in turn, `repeats` times, or as often as `budget` seconds allow.
 
-    In turn, because the machine's speed drifts while other work comes and goes.
+    In turn, because the machine's speed drifts while other work comes and goes. With `settle`, each is called once
+    untimed before: right after the other, a run starts with that one's caches and clock rate, which on a CPU with
+    AVX-512 cost the same run up to half as much time again.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     for done in range(1, (repeats or MOST) + 1):
         for name, run in runs.items():
+            if settle:
+                run()
             seconds[name].append(timed(run, device))
         elapsed = time.perf_counter() - started
         if not repeats and done >= LEAST and elapsed * (done + 1) / done > budget:
@@ -149,7 +153,7 @@ def measure(
     make, _ = MAKERS[kind]
     runs = {side: make(side, settings, device, *size) for side in SIDES}
     first = {side: run() for side, run in runs.items()}  # the warm-up
-    numbers: Numbers = {side: summary(s) for side, s in alternate(runs, device, repeats, budget).items()}
+    numbers: Numbers = {side: summary(s) for side, s in alternate(runs, device, repeats, budget, settle=True).items()}
     network = model.build(settings)
     pixels = size[0] * size[1] if kind == "inference" else size[0] * size[1] ** 2
     forwards = 1 if kind == "inference" else 3
