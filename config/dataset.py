@@ -39,21 +39,25 @@ def data_path(settings: Settings) -> Path:
 
 def list_pairs(folder: Path) -> list[Path]:
     """The pairs' files of one split. Raises UserError where the folder is missing or empty."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing: a data set has the folders train, val and test; convert.py makes them")
-    paths = list_images(folder)
-    if not paths:
-        raise UserError(f"{folder} holds no images: put joined pairs there, or make them with convert.py")
-    return paths
+    return _list_filled(
+        folder,
+        "a data set has the folders train, val and test; convert.py makes them",
+        "put joined pairs there, or make them with convert.py",
+    )
 
 
 def list_clean(folder: Path) -> list[Path]:
     """The files of a folder of clean images. Raises UserError where the folder is missing or empty."""
+    advice = "clean_dir is a folder of clean images"
+    return _list_filled(folder, advice, advice)
+
+
+def _list_filled(folder: Path, if_missing: str, if_empty: str) -> list[Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing: clean_dir is a folder of clean images")
+        raise UserError(f"{folder} is missing: {if_missing}")
     paths = list_images(folder)
     if not paths:
-        raise UserError(f"{folder} holds no images: clean_dir is a folder of clean images")
+        raise UserError(f"{folder} holds no images: {if_empty}")
     return paths
 
 
