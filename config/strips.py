@@ -31,7 +31,7 @@ from winograd import (
     work,
 )
 
-BEHIND = TILE  # rows by which a layer is behind the one before it: the smallest number of tiles that covers HALO
+BEHIND = TILE  # rows by which a layer is behind the one before it: one tile, which covers HALO
 
 
 class Product(NamedTuple):
@@ -157,8 +157,10 @@ class StripRunner:
             return
         position = self.positions[index]
         inputs = self.x[index][top - start : end - start + 2 * HALO]
-        values = transform_windows(inputs)
-        if position.connection and not last:
+        connects = position.connection is not None and not last
+        if connects or position.layer:
+            values = transform_windows(inputs)
+        if connects:
             rows = F.leaky_relu_(self._rows(multiply(values, *position.connection)), self.slope)
             self._put(rows, self.states[index - 1, HALO + top : HALO + end], end)
         if position.layer:

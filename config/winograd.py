@@ -4,8 +4,8 @@ Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016. 
 polynomials, and the convolution is their product, which is fixed by its values at enough points: eight for a 5-tap
 filter and a window of eight, which make four outputs in one dimension. So each tile of 4x4 pixels and its window of 8x8
 are taken to the 64 pairs of points by sums alone, there meet the filters in 64 matrix products over the channels, and
-are brought back. One layer rounds some five times as coarsely as the direct float32 convolution, a whole network up to
-twice (tests/test_winograd.py, bench/NOTES.md).
+are brought back. In the mean, one layer rounds eight times as coarsely as the direct float32 convolution, a whole
+network less than twice (tests/test_winograd.py, bench/NOTES.md).
 
 Sums run over long pieces of memory because columns are kept by their place in the tile. A band of image rows is
 (rows, 4, tiles + 2, C): place in the tile, tile, channel, with a tile of zeros at either end.
@@ -49,7 +49,7 @@ class Workspace(threading.local):
     """Memory that a thread uses again and again: fresh memory would cost as much time as the sums themselves."""
 
     def __init__(self):
-        self.kept: dict[tuple, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """A float32 tensor of `shape` with any content, in the place of the last one of this name."""
@@ -105,16 +105,16 @@ def _from_points_transposed(y: list[Tensor], out: list[Tensor], odd: Tensor) -> 
         even.add_(odd, alpha=p)
 
 
-def transform_windows(band: Tensor, name: str = "V") -> Tensor:
+def transform_windows(band: Tensor) -> Tensor:
     """Windows around all tiles of a band with its halo: (..., rows + 4, 4, tiles + 2, C) to (8, 8, ..., rows / 4,
-    tiles, C), both dimensions at the points. The result lies in `work` under `name`."""
+    tiles, C), both dimensions at the points. The next call overwrites the result."""
     *images, rows, _, width, channels = band.shape
     columns, count = width - 2, (rows - 2 * HALO) // TILE
     x = [band[..., p, t : t + columns, :] for t, p in ((0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1))]
     by_column = work("columns", POINTS, *images, rows, columns, channels)
     _to_points(x, list(by_column), work("odd", *images, rows, columns, channels))
     y = [by_column[..., j : j + TILE * (count - 1) + 1 : TILE, :, :] for j in range(POINTS)]
-    values = work(name, POINTS, POINTS, *images, count, columns, channels)
+    values = work("V", POINTS, POINTS, *images, count, columns, channels)
     _to_points(y, list(values), work("odd", POINTS, *images, count, columns, channels))
     return values
 
