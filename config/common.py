@@ -26,13 +26,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def set_up_log(level: str = "info") -> None:
-    """Send the program's log to standard output as plain lines, at `level` ("debug", "info", "warning", "error")."""
+    """Send the program's log to standard output as plain lines, at `level` ("debug", "info", "warning", "error").
+
+    Of several processes that torchrun started, the first one speaks; from the others come warnings and errors alone.
+    """
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter(f"{_speaker()}%(message)s"))
+    if _speaker():
+        handler.setLevel(logging.WARNING)
     log.handlers = [handler]
     log.propagate = False
     logging.raiseExceptions = False  # a log file on a full disk must not print a traceback a line
     log.setLevel(level.upper())
+
+
+def in_terminal() -> bool:
+    """Whether progress bars are looked at: standard error is a terminal, and this process the one that speaks."""
+    return sys.stderr.isatty() and not _speaker()
+
+
+def _speaker() -> str:
+    """What lines begin with: "rank N: " in the processes behind the first that torchrun started."""
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
@@ -40,7 +56,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"{_speaker()}error: {error}\n")  # at once, so that several processes' lines stay whole
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,7 +1,7 @@
 """5x5 convolutions of networks whose stages share their weights: filters made once, and the fastest way taken."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -23,6 +23,11 @@ class Filters:
         """(64, I, O): see `winograd.transform_filters`."""
         return transform_filters(self.filters)
 
+    def prepare(self) -> None:
+        """Makes what `conv2d` is going to make of these filters."""
+        if winograd_fits((), self.filters):
+            self.matrices  # noqa: B018
+
     @cached_property
     def turned(self) -> Tensor:
         """The matrices that take the output's gradient to the input's: half a turn, inputs and outputs swapped."""
@@ -37,15 +42,18 @@ _shared = _Shared()
 
 
 @contextmanager
-def shared_filters():
+def shared_filters(layers: dict | None = None) -> Iterator[Callable]:
     """Within this, each layer makes its filters once, gradients included: for the stages of one forward pass.
 
     And within this 5x5 convolutions in float32 on the CPU go Winograd's way: the network's output keeps to 1e-5, but
     that of a single layer, which may be asked to equal GrouPy's, would not quite.
+
+    Gives a function that makes a context with the same filters, for work that is repeated later.
     """
-    outer, _shared.layers = _shared.layers, {}
+    layers = {} if layers is None else layers
+    outer, _shared.layers = _shared.layers, layers
     try:
-        yield
+        yield lambda: shared_filters(layers)
     finally:
         _shared.layers = outer
 

@@ -3,7 +3,7 @@
 One file a pair: the clean background `B` on the left half, the rainy image `O` on the right half, in cv2's BGR order.
 """
 
-import sys
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import builtin
-from common import ROOT, UserError, log
+import ranks
+from common import ROOT, UserError, in_terminal, log
 from image_io import list_images, read_image, read_pair, to_bgr8
 from rain import STYLES, add_rain
 from settings import Settings
@@ -79,7 +80,7 @@ class CropDataset(Dataset):
         room = settings.cache_gib * 2**30
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
             everything = pool.map(self._read, self.paths)
-            bar = tqdm(everything, "first scan", len(self.paths), disable=not sys.stderr.isatty(), leave=False)
+            bar = tqdm(everything, "first scan", len(self.paths), disable=not in_terminal(), leave=False)
             for index, images in enumerate(bar):
                 room -= sum(image.nbytes for image in images)
                 if room >= 0:
@@ -164,17 +165,28 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def training_batches(dataset: CropDataset, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (O, B), each (N, 3, patch, patch) uint8, from step `first_step` to the last."""
+    """This rank's part of the batches (O, B), each (N, 3, patch, patch) uint8, from step `first_step` to the last."""
     settings = dataset.settings
+    mine = ranks.part(settings.batch_size)
+    starts = range(first_step * settings.batch_size, settings.steps * settings.batch_size, settings.batch_size)
+    workers = settings.num_workers
+    if workers < 0:
+        # Drawing rain is Python's work: more threads don't make it faster, and on a GPU a step is over before it is.
+        workers = _spare_cores() if device.type == "cuda" and settings.rain else 0
     loader = DataLoader(
         dataset,
-        settings.batch_size,
-        sampler=range(first_step * settings.batch_size, settings.steps * settings.batch_size),
-        num_workers=settings.num_workers,
+        batch_sampler=[range(start + mine.start, start + mine.stop) for start in starts],
+        num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's generator
     )
-    return iter(loader) if settings.num_workers else _one_ahead(iter(loader))
+    return iter(loader) if workers else _one_ahead(iter(loader))
+
+
+def _spare_cores() -> int:
+    """Processes that may draw rain for one rank: 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _one_ahead(batches: Iterator) -> Iterator:

@@ -1,7 +1,6 @@
 """Whole images through a network: the restored image of every stage, and its scores."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,16 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 import model
+import ranks
 import settings as knobs
 from cal_ssim import METRICS, scores, to_8bit
-from common import UserError
+from common import UserError, in_terminal
 from dataset import read_whole
+from devices import autocast, pick_device
 from settings import Settings
 
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a settings' `device`; "auto" is the first of cuda, mps and cpu that there is. Raises UserError."""
-    there = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()]
-    there.append("cpu")
-    if name == "auto":
-        return torch.device(there[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is none of auto, cpu, mps, cuda, cuda:N") from None
-    if device.type not in there:
-        raise UserError(f"device {name!r}: PyTorch sees no such device here; there is {', '.join(there)}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
 
 
 def open_network(
@@ -49,9 +33,8 @@ def open_network(
     `preset` tells. Raises UserError where there is no such checkpoint or it is another network than `preset`.
     """
     asked = knobs.resolve(preset or "sdsen", overrides)
-    path = checkpoints.find(name or asked.run, Path(asked.model_dir))
-    checkpoint = checkpoints.load(path)
-    places = {place: getattr(asked, place) for place in ("model_dir", "log_dir", "show_dir", "device")}
+    path, checkpoint = ranks.from_first(lambda: _find_and_load(name or asked.run, Path(asked.model_dir)))
+    places = {place: getattr(asked, place) for place in ("model_dir", "log_dir", "show_dir", "device", "precision")}
     settings = asked
     if checkpoint.settings:
         settings = knobs.replace(checkpoint.settings, {**places, **overrides})
@@ -66,38 +49,54 @@ def open_network(
     return network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step
 
 
-def restore(network: nn.Module, O: Tensor, stage_num: int | None = None, memory_gib: float = 0.0) -> Iterator[Tensor]:
+def _find_and_load(name: str, model_dir: Path) -> tuple[Path, checkpoints.Checkpoint]:
+    path = checkpoints.find(name, model_dir)
+    return path, checkpoints.load(path)
+
+
+def restore(
+    network: nn.Module, O: Tensor, stage_num: int | None = None, memory_gib: float = 0.0, precision: str = "auto"
+) -> Iterator[Tensor]:
     """The background B_t = O - R_t of every stage, each (3, H, W) in [0, 1], of one rainy image (3, H, W) in [0, 1].
 
-    In a terminal, a bar shows the progress of an image that takes long.
+    `memory_gib` and `precision` are the settings'. In a terminal, a bar shows the progress of an image that takes long.
     """
-    bar = tqdm(total=1.0, delay=3, leave=False, disable=not sys.stderr.isatty(), bar_format=BAR, dynamic_ncols=True)
+    bar = tqdm(total=1.0, delay=3, leave=False, disable=not in_terminal(), bar_format=BAR, dynamic_ncols=True)
+    rain_layers = network.each_stage(O, stage_num, memory_gib, bar.update)
     with bar:
-        for R in network.each_stage(O, stage_num, memory_gib, bar.update):
+        while True:
+            with autocast(precision, O.device):  # around the network alone, not around the caller's work
+                R = next(rain_layers, None)
+            if R is None:
+                return
             yield torch.sub(O, R, out=R).clamp_(0, 1)
 
 
-def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, memory_gib: float = 0.0) -> list[Tensor]:
-    """The same for an 8-bit image: (3, H, W) uint8 on the CPU to one (3, H, W) uint8 a stage, as it would be saved."""
-    return [to_8bit(image).cpu() for image in restore(network, O.to(device).float() / 255, memory_gib=memory_gib)]
+def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, *how) -> list[Tensor]:
+    """The same for an 8-bit image: (3, H, W) uint8 on the CPU to one (3, H, W) uint8 a stage, as it would be saved.
+
+    `how` are `memory_gib` and `precision`, as `restore` takes them.
+    """
+    return [to_8bit(image).cpu() for image in restore(network, O.to(device).float() / 255, None, *how)]
 
 
 def score_pairs(
-    network: nn.Module, paths: list[Path], device: torch.device, each=None, memory_gib: float = 0.0
-) -> np.ndarray:
+    network: nn.Module, paths: list[Path], device: torch.device, each: Callable = lambda *_: None, *how
+) -> tuple[np.ndarray, list]:
     """Scores of whole pairs, (pairs, 1 + stages, METRICS): of the rainy input, then of every stage.
 
-    `each(path, O, restored, B, rows)` is called after each pair. The network is put in eval mode and back.
+    `each(path, O, restored, B, rows)` is called after each pair; what it returns comes back in a list, a pair an item.
+    Several ranks share the pairs, and all get everything. The network is put in eval mode and back. `how` is that of
+    `restore_8bit`.
     """
     was_training = network.training
     network.eval()
-    table = []
-    for path in paths:
+    found = []
+    for path in ranks.share(paths):
         O, B = read_whole(path)
-        restored = restore_8bit(network, O, device, memory_gib)
+        restored = restore_8bit(network, O, device, *how)
         rows = [scores(image, B) for image in (O, *restored)]
-        table.append([[row[name] for name in METRICS] for row in rows])
-        if each:
-            each(path, O, restored, B, rows)
+        found.append(([[row[name] for name in METRICS] for row in rows], each(path, O, restored, B, rows)))
     network.train(was_training)
-    return np.array(table)
+    found = ranks.gather(found)
+    return np.array([table for table, _ in found]), [result for _, result in found]

@@ -7,6 +7,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,11 @@ def rain_layer(O: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 class Gallery:
-    """Collects images, writes their previews at once, and the page at the end."""
+    """Writes the previews of images, and at the end the page."""
 
     def __init__(self, show_dir: Path):
         """Make the previews' folder. Raises UserError where that fails, or where a stranger's index.html is."""
         self.show_dir, self.page = show_dir, show_dir / "index.html"
-        self.images: list[dict[str, Any]] = []
         if self.page.exists() and MARK not in self.page.read_bytes():
             raise UserError(f"{self.page} was not written by show.py and is kept: name another folder with --show_dir")
         try:
@@ -65,15 +65,17 @@ class Gallery:
         except OSError as error:
             raise UserError(f"{show_dir} can't be written: {error.strerror}") from None
 
-    def add(self, item: Restored, source: Path, result: str) -> None:
-        """Write the previews of an image that was read from `source`; `result` is its file below show_dir."""
+    def entry(self, number: int, item: Restored, source: Path, result: str) -> dict[str, Any]:
+        """Write the previews of image `number`, which was read from `source`; returns its part of the page.
+
+        `result` is its file below show_dir.
+        """
         O, stages = to_bgr8(item.image), [to_bgr8(stage) for stage in item.stages]
         layer, gain = rain_layer(O, stages[-1])
         pictures = {"Input": O, **{f"Stage {t}": stage for t, stage in enumerate(stages, 1)}}
         pictures["Rain layer"] = layer
         if item.truth is not None:
             pictures["Truth"] = item.truth
-        number = len(self.images) + 1
         scores = [[_finite(row["psnr"]), _finite(row["ssim"])] for row in item.scores]
         views = []
         for index, (label, picture) in enumerate(pictures.items()):
@@ -82,24 +84,22 @@ class Gallery:
                 view["scores"] = scores[index]
             views.append(view)
         strip = np.hstack([_fit(picture, THUMBNAIL, square=True) for picture in pictures.values()])
-        self.images.append(
-            {
-                "name": _readable(source.name),
-                "source": _readable(str(source)),
-                "result": quote(result.encode(errors="surrogateescape")),
-                "width": O.shape[1],
-                "height": O.shape[0],
-                "change": round(item.change, 3),
-                "gain": gain,
-                "last": len(stages),  # the result's place in views
-                "views": views,
-                "strip": self._preview(f"{number}_strip", strip, strip.shape[1]),
-            }
-        )
+        return {
+            "name": _readable(source.name),
+            "source": _readable(str(source)),
+            "result": quote(result.encode(errors="surrogateescape")),
+            "width": O.shape[1],
+            "height": O.shape[0],
+            "change": round(item.change, 3),
+            "gain": gain,
+            "last": len(stages),  # the result's place in views
+            "views": views,
+            "strip": self._preview(f"{number}_strip", strip, strip.shape[1]),
+        }
 
-    def write(self, checkpoint: str, step: int, stage_num: int, summary: str) -> Path:
-        """Write the page, remove the previews of former ones, and return the page's path."""
-        facts = {"checkpoint": checkpoint, "step": step, "stages": stage_num, "summary": summary, "images": self.images}
+    def write(self, images: Sequence[dict], checkpoint: str, step: int, stage_num: int, summary: str) -> Path:
+        """Write the page of the `images`' entries, remove the previews of former ones, and return the page's path."""
+        facts = {"checkpoint": checkpoint, "step": step, "stages": stage_num, "summary": summary, "images": images}
         # "<" is written as its code: no name can then end the script that holds the JSON.
         text = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")
         page = TEMPLATE.read_text(encoding="utf-8").replace("{{facts}}", text)

@@ -9,13 +9,15 @@
 
 import csv
 import io
+import itertools
 import json
 import logging
+import math
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -26,19 +28,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import cal_ssim
 import checkpoint as checkpoints
 import model
+import ranks
 import settings as knobs
 from cal_ssim import METRICS
 from checkpoint import Checkpoint
-from common import UserError, log, run_script, set_up_log
+from common import UserError, in_terminal, log, run_script, set_up_log
 from curves import Curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
-from evaluate import NEARLY_INPUT, open_network, pick_device, score_pairs
+from devices import autocast, is_bf16, is_out_of_memory, pick_device
+from evaluate import NEARLY_INPUT, open_network, score_pairs
 from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
@@ -48,6 +53,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (R, O, B
     "l1": lambda R, O, B: F.l1_loss(R, O - B),
     "ssim": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean(),
 }
+COMPILE_STEPS = 10000  # left in a run that torch.compile, which takes a minute or more at first, is taken for
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
 
 
@@ -64,28 +70,42 @@ def train_step(
 ) -> dict[str, float]:
     """One step of Adam on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
 
-    Returns `loss`, the sum over the stages, and where `scored`, `stage_t/loss`, `stage_t/psnr` and `stage_t/ssim`.
-    A loss that is not finite leaves the weights as they were. On the CPU the crops go through the network a few at a
-    time, and the gradients add up to the batch's: that takes less memory, and is faster.
+    Returns `loss`, the sum over the stages, and where `scored`, `stage_t/loss`, `stage_t/psnr` and `stage_t/ssim`. A
+    loss that is not finite leaves the weights as they were. The crops go through the network in the parts that
+    `accumulate` asks for, on the CPU at most a few at a time; their gradients add up to the batch's.
+
+    Of several ranks, each has its part of the batch, `network` is DistributedDataParallel, whose gradients are the mean
+    over the ranks, and the results are those of the whole batch.
     """
-    count = len(O) if O.device.type != "cpu" else max(1, PIECE_PIXELS // (O.shape[2] * O.shape[3]))
+    batch = settings.batch_size if ranks.count() > 1 else len(O)
+    count = math.ceil(len(O) / settings.accumulate)
+    if O.device.type == "cpu":  # fewer crops at a time take less memory, and are faster
+        count = min(count, max(1, PIECE_PIXELS // (O.shape[2] * O.shape[3])))
+    parts = list(zip(O.split(count), B.split(count), strict=True))
     result: dict[str, float] = defaultdict(float)
     optimizer.zero_grad(set_to_none=True)
-    for rainy, clean in zip(O.split(count), B.split(count), strict=True):
-        share = len(rainy) / len(O)
-        rain_layers = network(rainy)
-        losses = [LOSSES[settings.loss](R, rainy, clean) for R in rain_layers]
-        loss = share * torch.stack(losses).sum()
-        result["loss"] += loss.item()
-        if not np.isfinite(result["loss"]):
-            return result
-        loss.backward()
+    for index, (rainy, clean) in enumerate(parts):
+        is_last, share = index == len(parts) - 1, len(rainy) / batch
+        with nullcontext() if is_last or ranks.count() == 1 else network.no_sync():
+            with autocast(settings.precision, O.device):
+                rain_layers = network(rainy)
+            losses = [LOSSES[settings.loss](R, rainy, clean) for R in rain_layers]
+            loss = share * torch.stack(losses).sum()
+            result["loss"] += loss.item()
+            if is_last:
+                (result["loss"],) = ranks.total([result["loss"]])
+                if not np.isfinite(result["loss"]):
+                    return result
+            (loss * ranks.count()).backward()
         if scored:
             for name, value in _stage_scores(rain_layers, losses, rainy, clean):
                 result[name] += share * value
     if settings.clip_norm:
         nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
     optimizer.step()
+    if scored:
+        names = [name for name in result if name != "loss"]
+        result |= dict(zip(names, ranks.total([result[name] for name in names]), strict=True))
     return result
 
 
@@ -99,28 +119,33 @@ def _stage_scores(rain_layers: list[Tensor], losses: list[Tensor], O: Tensor, B:
             yield f"stage_{t}/ssim", cal_ssim.ssim(restored, B).mean().item()
 
 
-def validate(network: nn.Module, paths: list[Path], device: torch.device, loss_name: str) -> tuple[dict, np.ndarray]:
-    """Scores of whole validation pairs, and a mosaic of the first one: O, every stage, B, as (H, W, 3) uint8 BGR.
+def validate(
+    network: nn.Module, paths: list[Path], device: torch.device, settings: Settings
+) -> tuple[dict, np.ndarray | None]:
+    """Scores of whole validation pairs, and rank 0's first: O, every stage, B, side by side, as (H, W, 3) uint8 BGR.
 
     Returns `psnr` of the last stage, `psnr_input`, and `stage_t/loss`, `stage_t/psnr`, `stage_t/ssim`, all of the 8-bit
     images that would be saved.
     """
-    mosaic, losses = [], []
+    mosaic = []
 
     def each(path, O, restored, B, rows):
         if not mosaic:
             mosaic.extend([O, *restored, B])
         O, B = O[None].float() / 255, B[None].float() / 255
-        losses.append([LOSSES[loss_name](O - image[None].float() / 255, O, B).item() for image in restored])
+        return [LOSSES[settings.loss](O - image[None].float() / 255, O, B).item() for image in restored]
 
-    table = score_pairs(network, paths, device, each).mean(0)  # (1 + stages, METRICS)
+    table, losses = score_pairs(network, paths, device, each, settings.memory_gib, settings.precision)
+    table = table.mean(0)  # (1 + stages, METRICS)
     result = {}
     for t, (row, loss) in enumerate(zip(table[1:], np.mean(losses, 0), strict=True), 1):
         result |= {f"stage_{t}/loss": loss, f"stage_{t}/psnr": row[0], f"stage_{t}/ssim": row[1]}
+    result |= {"psnr": table[-1][0], "psnr_input": table[0][0]}
+    if not mosaic:  # there are more ranks than pairs
+        return result, None
     scale = min(1.0, 320 / max(mosaic[0].shape[1:]))
     mosaic = np.hstack([np.moveaxis(image.numpy(), 0, 2) for image in mosaic])
-    mosaic = cv2.resize(mosaic, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return {"psnr": table[-1][0], "psnr_input": table[0][0], **result}, mosaic
+    return result, cv2.resize(mosaic, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 class Interrupt:
@@ -145,12 +170,16 @@ class Trainer:
     def __init__(self, settings: Settings, start: Checkpoint | None, source: Path | None):
         """From the beginning, or from checkpoint `start`, which was read from `source`. Writes nothing yet."""
         self.settings, self.device = settings, pick_device(settings.device)
+        if settings.batch_size < ranks.count():
+            raise UserError(f"batch_size {settings.batch_size} is too small for {ranks.count()} processes")
         torch.manual_seed(settings.seed)
         self.network = model.build(settings)
         if start:
             checkpoints.load_weights(self.network, start, source)
         self.network.to(self.device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
+        self.network.checkpoint_activations = settings.checkpoint_activations
+        fused = True if self.device.type == "cuda" else None  # None: PyTorch's choice
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, fused=fused)
         self.step, self.best_psnr = 0, None
         if start:
             self._resume(start, source)
@@ -158,6 +187,7 @@ class Trainer:
         self.dataset = CropDataset(folder / "train", settings)
         paths = list_pairs(folder / "val")
         count = min(settings.val_images or len(paths), len(paths))
+        self.parallel = self._parallel()
         self.validation = [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
         for path in self.validation:  # a file that can't be read is told now, not in the middle of the training
             read_whole(path)
@@ -166,6 +196,8 @@ class Trainer:
     def _resume(self, start: Checkpoint, source: Path) -> None:
         self.step, self.best_psnr = start.step, start.best_psnr
         if start.optimizer:
+            for group in start.optimizer.get("param_groups", []):
+                group["fused"] = self.optimizer.defaults["fused"]  # the training may have begun on another device
             try:
                 self.optimizer.load_state_dict(start.optimizer)
             except (ValueError, KeyError):
@@ -176,9 +208,21 @@ class Trainer:
                 torch.cuda.set_rng_state(start.random["cuda"], self.device)
         log.info(f"goes on at step {self.step} of {source}")
 
+    def _parallel(self) -> nn.Module:
+        """What `train_step` trains: the network itself, or, of several ranks, each one's copy of it."""
+        if ranks.count() == 1:
+            return self.network
+        # Where a parameter takes no part (the connections' filters in a single stage), nobody must wait for it.
+        sum(R.sum() for R in self.network(torch.zeros(1, 3, 16, 16, device=self.device))).backward()
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        return DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+
     def save(self, *names: str) -> None:
         """Write the checkpoint under each name in the run's folder. Raises UserError where weights are not finite."""
         self._check_weights()
+        if not ranks.is_first():
+            return
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -189,33 +233,65 @@ class Trainer:
             checkpoints.save(self.settings.model_path / f"{name}.pth", state)
 
     def run(self) -> None:
-        """Train to the last step, or until Ctrl-C or SIGTERM; checkpoint, log and curves go to the run's folders."""
+        """Train to the last step, or until Ctrl-C or SIGTERM; checkpoint, log and curves go to the run's folders.
+
+        Of several ranks, the first one writes.
+        """
         settings = self.settings
-        write_bytes(settings.log_path / "settings.json", json.dumps(asdict(settings), indent=2).encode())
-        self.curves = Curves(settings.log_path, self.step)
-        log_file = logging.FileHandler(settings.log_path / "train.log")
-        log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.curves, log_file = None, logging.NullHandler()
+        if ranks.is_first():
+            write_bytes(settings.log_path / "settings.json", json.dumps(asdict(settings), indent=2).encode())
+            self.curves = Curves(settings.log_path, self.step)
+            log_file = logging.FileHandler(settings.log_path / "train.log")
+            log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(log_file)
-        log.info(
-            f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device}, "
-            f"steps {self.step} to {settings.steps}"
-        )
-        terminal = sys.stderr.isatty()
-        bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
-        self.network.train()
         try:
+            self._log_start()
+            self.network.train()
+            self._compile()
+            terminal = in_terminal()
+            bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
             with Interrupt() as interrupt, bar, logging_redirect_tqdm([log] if terminal else []):
                 self._loop(bar, interrupt)
+        except RuntimeError as error:
+            if not ranks.is_lost(error):
+                raise
+            raise UserError(f"{ranks.ENDED}; {self._last_good()}, and the same command goes on from it") from None
         finally:
-            self.curves.close()
+            if self.curves:
+                self.curves.close()
             log.removeHandler(log_file)
+
+    def _log_start(self) -> None:
+        settings = self.settings
+        precision = "bf16" if is_bf16(settings.precision, self.device) else "float32"
+        log.info(
+            f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device} in {precision}, "
+            f"steps {self.step} to {settings.steps}"
+        )
+        if ranks.count() > 1:
+            log.info(
+                f"{ranks.count()} processes share each batch: {settings.batch_size} crops in all, "
+                f"{len(ranks.part(settings.batch_size))} here; learning rate {settings.lr:g}, as for one process"
+            )
+
+    def _compile(self) -> None:
+        """Compile the network where that is asked for, or on a GPU pays."""
+        long = self.device.type == "cuda" and self.settings.steps - self.step >= COMPILE_STEPS
+        if self.settings.compile == "on" or (self.settings.compile == "auto" and long):
+            log.info("compiling the network, which makes the first step slow; --compile off does without")
+            # Nobody asked for it: where there is no compiler, the network runs as it is.
+            torch._dynamo.config.suppress_errors = self.settings.compile == "auto"
+            self.network.compile()
 
     def _loop(self, bar: tqdm, interrupt: Interrupt) -> None:
         settings = self.settings
         batches = training_batches(self.dataset, self.step, self.device)
         saved_at = lap_at = time.monotonic()
         lap_steps, waited = 0, 0.0  # since the last line of the log: steps, seconds spent waiting for crops
-        while self.step < settings.steps and not interrupt.asked:
+        stopped = False
+        # All ranks stop behind the same step, whichever was asked to.
+        while self.step < settings.steps and not (stopped := any(ranks.total([interrupt.asked]))):
             fetch_at = time.monotonic()
             O, B = (x.to(self.device, non_blocking=True).float() / 255 for x in next(batches))
             waited += time.monotonic() - fetch_at
@@ -223,7 +299,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             scored = (self.step + 1) % settings.log_steps == 0
-            result = train_step(self.network, self.optimizer, O, B, settings, scored)
+            result = self._train_step(O, B, scored)
             if not np.isfinite(result["loss"]):
                 raise self._not_finite(f"the loss is {result['loss']} in step {self.step + 1}")
             self.step += 1
@@ -242,9 +318,24 @@ class Trainer:
             elif time.monotonic() - saved_at > 60 * settings.save_minutes:
                 self.save("latest")
                 saved_at = time.monotonic()
-        if interrupt.asked:
+        if stopped:
             self.save("latest")
             log.info(f"stopped at step {self.step}; the same command goes on from {self._path('latest')}")
+
+    def _train_step(self, O: Tensor, B: Tensor, scored: bool) -> dict[str, float]:
+        """`train_step`, with one line about a full memory."""
+        settings = self.settings
+        try:
+            return train_step(self.parallel, self.optimizer, O, B, settings, scored)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        raise UserError(
+            f"the memory of {self.device} is too small for batch_size {settings.batch_size} in {settings.accumulate} "
+            f"part(s): --accumulate {2 * settings.accumulate} gives the same gradients in half of it, "
+            f"--checkpoint_activations true takes less too, --batch_size {max(1, settings.batch_size // 2)} is another "
+            f"training; {self._last_good()}"
+        )
 
     def _last(self, name: str) -> str:
         return f"stage_{self.settings.stage_num}/{name}"
@@ -258,11 +349,16 @@ class Trainer:
             raise self._not_finite(f"the weights are not finite after step {self.step}")
 
     def _not_finite(self, what: str) -> UserError:
-        last, rate = self._path("latest"), self.optimizer.param_groups[0]["lr"]
-        good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint of this run yet"
-        return UserError(f"{what} at learning rate {rate:g}: lower --lr; {good}")
+        rate = self.optimizer.param_groups[0]["lr"]
+        return UserError(f"{what} at learning rate {rate:g}: lower --lr; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        last = self._path("latest")
+        return f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint of this run yet"
 
     def _log_training(self, result: dict, rate: float, steps: int, seconds: float, waited: float) -> None:
+        if not ranks.is_first():
+            return
         images = steps * self.settings.batch_size / seconds
         result = {**result, "lr": rate, "images_per_second": images, "wait_share": waited / seconds}
         self.curves.add(self.step, {f"train/{name}": value for name, value in result.items()})
@@ -276,7 +372,13 @@ class Trainer:
     def _validate_and_save(self) -> None:
         self._check_weights()
         started = time.monotonic()
-        result, mosaic = validate(self.network, self.validation, self.device, self.settings.loss)
+        result, mosaic = validate(self.network, self.validation, self.device, self.settings)
+        names = ["latest", f"step_{self.step}"]
+        if self.best_psnr is None or result["psnr"] > self.best_psnr:
+            self.best_psnr = float(result["psnr"])
+            names.append("best")
+        if not ranks.is_first():
+            return
         self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
         self.curves.add_picture(self.step, "val/preview", mosaic)
         write_image(self.settings.log_path / "preview.png", mosaic)
@@ -285,10 +387,6 @@ class Trainer:
             f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
             f"ssim {result[self._last('ssim')]:.4f}, {time.monotonic() - started:.1f} s"
         )
-        names = ["latest", f"step_{self.step}"]
-        if self.best_psnr is None or result["psnr"] > self.best_psnr:
-            self.best_psnr = float(result["psnr"])
-            names.append("best")
         self.save(*names)
 
 
@@ -296,10 +394,7 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
     """`-a train`: begin a run, or go on with it where it has a checkpoint."""
     settings = knobs.resolve(preset or "sdsen", overrides)
     latest = settings.model_path / "latest.pth"
-    source = checkpoints.find(name, Path(settings.model_dir)) if name else latest
-    if name and latest.is_file() and not source.samefile(latest):
-        raise UserError(f"run {settings.run} has a checkpoint of its own, {latest}: name another run with --run")
-    start = checkpoints.load(source) if source.is_file() else None
+    source, start = ranks.from_first(lambda: _find_start(settings, latest, name))
     if start and start.settings:
         old = start.settings
         settings = knobs.replace(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
@@ -325,6 +420,14 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
     trainer.run()
 
 
+def _find_start(settings: Settings, latest: Path, name: str | None) -> tuple[Path, Checkpoint | None]:
+    """The file and checkpoint that a training starts from: the one that is named, or the run's own, or none."""
+    source = checkpoints.find(name, Path(settings.model_dir)) if name else latest
+    if name and latest.is_file() and not source.samefile(latest):
+        raise UserError(f"run {settings.run} has a checkpoint of its own, {latest}: name another run with --run")
+    return source, checkpoints.load(source) if source.is_file() else None
+
+
 # ---------------------------------------------------------------- test
 
 
@@ -335,28 +438,31 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
     paths = list_pairs(folder)
     device = pick_device(settings.device)
     log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {device}")
-    bar = tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    columns = [f"{metric}_{place}" for place in ["input", *_stages(settings)] for metric in METRICS]
-    table.writerow(["image", "height", "width", "change", *columns])
-    changes = []
+    mine = len(ranks.share(paths))
+    bar = tqdm(total=mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
+    done = itertools.count(1)
 
     def each(path, O, restored, B, rows):
-        changes.append((restored[-1].float() - O.float()).abs().mean().item())
-        values = [f"{row[metric]:.6f}" for row in rows for metric in METRICS]
-        table.writerow([path.name, O.shape[1], O.shape[2], f"{changes[-1]:.4f}", *values])
         bar.update()
-        if bar.disable and len(changes) % 20 == 0:
-            log.info(f"{len(changes)} of {len(paths)} images")
+        if bar.disable and (number := next(done)) % 20 == 0:
+            log.info(f"{number} of {mine} images")
+        change = (restored[-1].float() - O.float()).abs().mean().item()
+        values = [f"{row[metric]:.6f}" for row in rows for metric in METRICS]
+        return [path.name, O.shape[1], O.shape[2], f"{change:.4f}", *values], change
 
     with bar:
-        means = np.nanmean(score_pairs(network, paths, device, each, settings.memory_gib), 0)
+        table, found = score_pairs(network, paths, device, each, settings.memory_gib, settings.precision)
+    if not ranks.is_first():
+        return
+    means, rows, changes = np.nanmean(table, 0), *zip(*found, strict=True)
     log.info(f"{'':10}" + "".join(f"{metric:>10}" for metric in METRICS))
     for label, row in zip(["input", *_stages(settings)], means, strict=True):
         log.info(f"{label:10}" + "".join(f"{value:10.4f}" for value in row))
     if np.mean(changes) < NEARLY_INPUT:
         log.warning(f"warning: the output is nearly the input, {np.mean(changes):.2f} of 255 levels apart on average")
+    text = io.StringIO()
+    columns = [f"{metric}_{place}" for place in ["input", *_stages(settings)] for metric in METRICS]
+    csv.writer(text, lineterminator="\n").writerows([["image", "height", "width", "change", *columns], *rows])
     where = Path(settings.log_dir) / path.parent.name if path.parent.name == settings.run else Path(settings.log_dir)
     csv_path = where / f"test_{path.stem}.csv"
     write_bytes(csv_path, text.getvalue().encode())
@@ -393,10 +499,10 @@ def main(arguments: list[str]) -> None:
         if known.preset or known.model or overrides:
             raise UserError("-a models takes no other argument")
         models()
-    elif known.action == "train":
-        train(known.preset, known.model, overrides)
-    else:
-        test(known.preset, known.model, overrides)
+        return
+    with ranks.joined():
+        act = train if known.action == "train" else test
+        act(known.preset, known.model, overrides)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ class Room:
         """Takes note of `size` bytes that somebody else is going to take."""
         self.left -= size
 
-    def zeros(self, *shape: int) -> Tensor:
-        """Float32 zeros. Raises UserError where neither the memory nor the disk has room for them."""
-        size = 4 * math.prod(shape)
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of zeros. Raises UserError where neither the memory nor the disk has room for it."""
+        size = dtype.itemsize * math.prod(shape)
         if size <= self.left:
             self.left -= size
-            return torch.zeros(shape)
+            return torch.zeros(shape, dtype=dtype)
         folder = _temporary_folder()
         log.debug(
             f"{size / GIB:.2f} GiB lie in a file in {folder}: {max(self.left, 0) / GIB:.2f} GiB of memory are free"
@@ -91,7 +91,7 @@ class Room:
                 "folder by TMPDIR, or make the image smaller"
             ) from None
         self.mapped.append(mapped)
-        return torch.frombuffer(mapped, dtype=torch.float32).view(shape)
+        return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
     def release(self) -> None:
         """Lets go of the pages of the files that lie in memory; their content stays in the files."""

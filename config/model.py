@@ -6,18 +6,33 @@ layer of O: stage t + 1 gets O - R_t, and all stages share their weights (sectio
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import strips
-from convolution import Conv5x5, shared_filters
+import windows
+from convolution import Conv5x5, FilterKeeper, shared_filters
 from groupy import GroupConv2d, P4ConvP4, P4ConvZ2
 from settings import Settings, resolve
 from winograd import HALO, KERNEL
 
 SLOPE = 0.2  # of every LeakyReLU, section 3.1
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in where `x` lies; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """For the two ends of a stage, few operations whose rounding to bfloat16 would be more than half of the error."""
+    return nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _first_convolution(group: str, out_channels: int) -> nn.Module:
@@ -41,12 +56,12 @@ class SEBlock(nn.Module):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
 
-    def attention(self, x: Tensor) -> Tensor:
-        """The weights (N, C, 1, 1) of the channels, from their means over the whole image."""
-        return self.fc(x.mean((-2, -1)))[..., None, None]
+    def attention(self, means: Tensor) -> Tensor:
+        """The weights (N, C, 1, 1) of the channels, from their means (N, C) over the whole image."""
+        return self.fc(means)[..., None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.attention(x)
+        return x * self.attention(x.mean((-2, -1)))
 
 
 class Aggregation(nn.Module):
@@ -94,6 +109,9 @@ class DSEN(nn.Module):
         layers = range(depth - 3)
         orientations = 4 if group == "p4" else 1
         self.stage_num, self.link = stage_num, link
+        self.halo = HALO * (depth - 1)  # pixels around one that its aggregated features depend on, in one stage
+        self.compiled_stage = None
+        self.checkpoint_activations = False  # repeat each stage for its gradients, instead of keeping its activations
         self.pre_layer = _with_activation(_first_convolution(group, channel))
         inputs = 2 * channel if link == "concat" else channel
         self.re_layer = nn.ModuleList(_convolution(group, inputs, channel) for _ in layers)
@@ -123,7 +141,17 @@ class DSEN(nn.Module):
 
     def stage(self, image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """One stage: image (N, 3, H, W) to its rain layer (N, 3, H, W) and the layers' states (N, C, 4, H, W)."""
-        x = self.pre_layer(image)
+        gathered, states = self.features(image, states)
+        return self.rain_layer(gathered), states
+
+    def features(self, image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        """A stage up to its aggregation: image to the aggregated features (N, C, H, W) and the layers' states.
+
+        A pixel of these depends on the `self.halo` pixels to each side of it.
+        """
+        with _without_autocast(image):
+            x = self.pre_layer(image)
+        x = x.to(_autocast_dtype(x) or x.dtype)
         new_states = []
         for index, layer in enumerate(self.re_layer):
             inputs = [x]
@@ -133,7 +161,19 @@ class DSEN(nn.Module):
                 inputs = [x := x + self._linked(index, x, states[index])]
             x = F.leaky_relu_(layer(*inputs) + x, SLOPE)  # the residual is added before the activation
             new_states.append(x)
-        return self.dec(x), new_states
+        aggregate, *_ = self.dec
+        return aggregate(x).to(image.dtype), new_states
+
+    def rain_layer(self, gathered: Tensor, means: Tensor | None = None) -> Tensor:
+        """The rest of a stage: aggregated features (N, C, H, W) to the rain layer (N, 3, H, W).
+
+        `means` (N, C) are the features' over the whole image, where `gathered` is a part of it.
+        """
+        _, se, activation, last = self.dec
+        with _without_autocast(gathered):
+            if isinstance(se, SEBlock):
+                gathered = gathered * se.attention(gathered.mean((-2, -1)) if means is None else means)
+            return last(activation(gathered))
 
     def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
         """Rain layers [R_1, ..., R_T], each (N, 3, H, W), of rainy images `O` (N, 3, H, W) in [0, 1], any H and W.
@@ -144,12 +184,23 @@ class DSEN(nn.Module):
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         O = O.contiguous(memory_format=torch.channels_last)  # the order that the fast convolutions read
         rain_layers, image, states = [], O, [None] * len(self.re_layer)
-        with shared_filters():
+        stage = self.compiled_stage if self.compiled_stage and self.training else self.stage
+        with shared_filters() as again:
+            for module in self.modules():
+                if isinstance(module, FilterKeeper):
+                    module.filters().prepare()  # before the stages: what a stage does must not depend on which it is
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                repeated = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+                stage = partial(checkpoint, stage, **repeated)
             for _ in range(stage_num or self.stage_num):
-                R, states = self.stage(image, states)
+                R, states = stage(image, states)
                 rain_layers.append(R)
                 image = O - R
         return rain_layers
+
+    def compile(self, *arguments, **keywords) -> None:
+        """As `nn.Module.compile`, but for training alone, and a stage at a time: all stages are the same code."""
+        self.compiled_stage = torch.compile(self.stage, *arguments, **keywords)
 
     @torch.no_grad()
     def each_stage(
@@ -162,16 +213,13 @@ class DSEN(nn.Module):
         """The rain layers R_t (3, H, W), one after another, of one rainy image `O` (3, H, W) of any size.
 
         As `forward` in eval mode, to 1e-5, but on the CPU faster, and in as much memory as there is: `memory_gib`
-        bounds the process, 0 takes what is free. A rain layer is the caller's to overwrite. `tick` hears the share of
-        the work done since its last call.
+        bounds the process, 0 takes what is free. On a GPU, an image for which its memory is too small goes through in
+        parts, whose states lie in the computer's memory. A rain layer is the caller's to overwrite. `tick` hears the
+        share of the work done since its last call.
         """
-        stage_num = stage_num or self.stage_num
-        if O.device.type == "cpu" and O.dtype == self.pre_layer.conv0.weight.dtype == torch.float32:
-            yield from strips.each_stage(self, O, stage_num, memory_gib, tick)
-        else:
-            for R in self(O[None], stage_num):
-                yield R[0]
-                tick(1 / stage_num)
+        plain = O.dtype == self.pre_layer.conv0.weight.dtype == torch.float32 and _autocast_dtype(O) is None
+        way = strips if O.device.type == "cpu" and plain else windows
+        yield from way.each_stage(self, O, stage_num or self.stage_num, memory_gib, tick)
 
 
 def build(settings: Settings | str) -> DSEN:

@@ -58,7 +58,10 @@ class Settings:
     patch_size: int = knob(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = knob(64, "crops in a step (paper: 64)", minimum=1)
     num_workers: int = knob(
-        0, "processes that make the crops; 0: a thread makes the next step's during a step", minimum=0
+        -1,
+        "processes that make the crops; 0: a thread makes the next step's during a step; -1: a thread, but processes "
+        "where a CUDA GPU would wait for drawn rain",
+        minimum=-1,
     )
     cache_gib: float = knob(16.0, "decoded training images kept in memory, GiB; the rest is decoded anew", minimum=0)
 
@@ -72,6 +75,17 @@ class Settings:
         "summed over the stages: mse or l1 of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",
         choices=("mse", "l1", "ssim"),
     )
+    accumulate: int = knob(
+        1, "parts of a batch that go through a device one after another: the same gradients in less memory", minimum=1
+    )
+    checkpoint_activations: bool = knob(
+        False, "keep no activations within a stage, but repeat it for its gradients: less memory, more time"
+    )
+    compile: str = knob(
+        "auto",
+        "torch.compile in training; auto: on a CUDA GPU where enough steps are left to make up for compiling",
+        choices=("on", "off"),
+    )
     seed: int = knob(0, "seed of the initial weights, the crops and their rain", minimum=0)
     val_images: int = knob(10, "validation pairs scored at each validation, spread over val; 0: all", minimum=0)
     log_steps: int = knob(50, "steps between two lines of the log and points of the curves", minimum=1)
@@ -84,6 +98,11 @@ class Settings:
     log_dir: str = knob("logdir", "folder of the TensorBoard events, logs and scores", path=True)
     show_dir: str = knob("showdir", "folder of the derained images and the gallery", path=True)
     device: str = knob("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
+    precision: str = knob(
+        "auto",
+        "of the convolutions between a stage's first and last: auto (bf16 on CUDA GPUs that have it), float32 or bf16",
+        choices=("float32", "bf16"),
+    )
     memory_gib: float = knob(0.0, "memory that deraining an image may take, GiB; 0: what is free (CPU)", minimum=0)
     log_level: str = knob("info", "least level that is printed", choices=("debug", "info", "warning", "error"))
 

@@ -8,11 +8,13 @@ and WebP are written at quality 95; scores are taken before. The page, `showdir/
 whichever run. `python show.py -h` lists every setting.
 """
 
-import sys
+import argparse
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +22,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import ranks
 import settings as knobs
 from cal_ssim import scores
-from common import ROOT, UserError, log, run_script, set_up_log
+from common import ROOT, UserError, in_terminal, log, run_script, set_up_log
 from dataset import data_path, list_pairs, to_tensor
-from evaluate import NEARLY_INPUT, open_network, pick_device, restore
+from devices import is_out_of_memory, pick_device
+from evaluate import NEARLY_INPUT, open_network, restore
 from gallery import Gallery, Restored
 from image_io import SUFFIXES, list_images, read_image, read_pair, write_image
 from settings import Settings
+
+ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
+Item = TypeVar("Item")
 
 # ---------------------------------------------------------------- one image
 
@@ -48,20 +55,21 @@ def from_network(restored: Tensor, image: np.ndarray) -> np.ndarray:
     return samples[..., 0] if image.ndim == 2 else np.concatenate([samples, image[..., 3:]], 2)
 
 
-def derain(
-    network: nn.Module, path: Path, paired: bool, stage_num: int, device: torch.device, memory_gib: float = 0.0
-) -> Restored:
-    """Read an image, or the rainy half of a joined pair, and restore it. Raises UserError where this file can't be."""
+def derain(network: nn.Module, path: Path, paired: bool, device: torch.device, stage_num: int, *how) -> Restored:
+    """Read an image, or the rainy half of a joined pair, and restore it. Raises UserError where this file can't be.
+
+    `stage_num` and `how` as `restore` takes them.
+    """
     truth, image = read_pair(path) if paired else (None, read_image(path))
     started = time.perf_counter()
     try:
         O = to_network(image).to(device)
         stages = []
-        for B in restore(network, O, stage_num, memory_gib):
+        for B in restore(network, O, stage_num, *how):
             stages.append(from_network(B, image))
         change = torch.sub(B, O, out=B).abs_().mean().item() * 255
-    except RuntimeError as error:  # torch's errors of full memory have no class in common
-        if "memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         size = f"{image.shape[1]}x{image.shape[0]}"
         raise UserError(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
@@ -100,34 +108,50 @@ def refuse_to_overwrite(paths: list[Path], folders: list[Path]) -> None:
             raise UserError(f"{path} lies where results are written: name another folder with --show_dir")
 
 
-def result_names(path: Path, image: np.ndarray, stages: int, taken: set[str]) -> list[str]:
-    """Names of the result and of its `stages`, after the input's; with _2, _3, ... where this call has `taken` one."""
-    suffix = path.suffix if path.suffix.lower() in SUFFIXES else ".png"
-    too_deep = image.dtype == np.uint16 and suffix.lower() not in (".png", ".tif", ".tiff")
-    if too_deep or (image.shape[2:] == (4,) and suffix.lower() in (".jpg", ".jpeg")):
-        suffix = ".png"  # the file is not what its name says, and the named format can't hold it
-    count = 0
-    while True:
-        count += 1
-        stem = path.stem if count == 1 else f"{path.stem}_{count}"
-        names = [f"{stem}{suffix}", *(f"{stem}_stage{t}{suffix}" for t in range(1, stages + 1))]
-        folded = {name.casefold() for name in names}  # some file systems take A.png and a.png for the same
-        if not folded & taken:
-            taken |= folded
-            return names
+def result_stems(paths: list[Path], stage_num: int) -> list[str]:
+    """The stems of the results' names, after the inputs'; with _2, _3, ... where an input before has such a name.
+
+    Room is left for the names of `stage_num` stages.
+    """
+    stems, taken = [], set()
+    for path in paths:
+        for count in itertools.count(1):
+            stem = path.stem if count == 1 else f"{path.stem}_{count}"
+            names = stage_names(stem, path.suffix, stage_num)
+            if path.suffix.lower() not in ANY_DEPTH:  # what the name belies may have to be written as PNG
+                names += stage_names(stem, ".png", stage_num)
+            folded = {name.casefold() for name in names}  # some file systems take A.png and a.png for the same
+            if not folded & taken:
+                break
+        taken |= folded
+        stems.append(stem)
+    return stems
+
+
+def stage_names(stem: str, suffix: str, stage_num: int) -> list[str]:
+    """The names of a result and of its `stage_num` stages."""
+    return [f"{stem}{suffix}", *(f"{stem}_stage{t}{suffix}" for t in range(1, stage_num + 1))]
+
+
+def result_suffix(path: Path, image: np.ndarray) -> str:
+    """The input's, or .png where that is none of ours, or belies the content and can't hold it."""
+    suffix = path.suffix.lower()
+    too_deep = image.dtype == np.uint16 and suffix not in ANY_DEPTH
+    too_many = image.shape[2:] == (4,) and suffix in (".jpg", ".jpeg")
+    return ".png" if suffix not in SUFFIXES or too_deep or too_many else path.suffix
 
 
 # ---------------------------------------------------------------- all images
 
 
-def each_image(paths: list[Path], terminal: bool) -> Iterator[Path]:
-    """The paths, with a progress bar in a terminal."""
-    bar = tqdm(paths, unit="image", disable=not terminal, dynamic_ncols=True)
+def each_image(images: Sequence[Item], terminal: bool) -> Iterator[Item]:
+    """The images, with a progress bar in a terminal."""
+    bar = tqdm(images, unit="image", disable=not terminal, dynamic_ncols=True)
     with bar, logging_redirect_tqdm([log] if terminal else []):
         yield from bar
 
 
-def outcome(items: list[Restored]) -> str:
+def outcome(items: Sequence[Restored]) -> str:
     """What is told at the end: the mean scores where the truth is known, and the network's time."""
     text = ""
     if items[0].scores:
@@ -152,39 +176,53 @@ def main(arguments: list[str]) -> int:
     if words and not words[0].startswith("-"):
         raise UserError(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
     overrides = knobs.read_overrides(words)
-    network, settings, checkpoint, step = open_network(known.preset, known.model, overrides)
     set_up_log(overrides.get("log_level", "info"))
+    with ranks.joined():
+        return show(known, overrides)
+
+
+def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Restore what the command line names; returns the exit status. Several ranks share the images."""
+    network, settings, checkpoint, step = open_network(known.preset, known.model, overrides)
     stage_num = network.stage_num if known.stages is None else known.stages
     if not 1 <= stage_num <= network.stage_num:
         raise UserError(f"--stages must be 1 to {network.stage_num}, the stages of {checkpoint}, got {stage_num}")
     paths, paired = find_inputs(known.input, settings), known.input is None
     run, show_dir = settings.run or checkpoint.stem, Path(settings.show_dir)
     refuse_to_overwrite(paths, [show_dir, show_dir / run, show_dir / "page"])
-    device, gallery = pick_device(settings.device), Gallery(show_dir)
+    device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
     log.info(f"{checkpoint} (step {step}), {stage_num} of {network.stage_num} stages, {len(paths)} images, {device}")
 
-    items, taken, terminal = [], set(), sys.stderr.isatty()
-    for path in each_image(paths, terminal):
+    stages_written = stage_num if known.all_stages else 0
+    mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, stages_written), strict=True), 1)))
+    found, terminal = [], in_terminal()  # for each image what is known of it, or None where it was skipped
+    for number, (path, stem) in each_image(mine, terminal):
         try:
-            item = derain(network, path, paired, stage_num, device, settings.memory_gib)
+            item = derain(network, path, paired, device, stage_num, settings.memory_gib, settings.precision)
         except UserError as error:
             log.warning(f"skipped: {error}")
+            found.append(None)
             continue
-        names = result_names(path, item.image, stage_num if known.all_stages else 0, taken)
+        names = stage_names(stem, result_suffix(path, item.image), stages_written)
         for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
             write_image(show_dir / run / name, image)
-        gallery.add(item, path, f"{run}/{names[0]}")
-        items.append(replace(item, image=None, stages=[], truth=None))  # all images' pixels may not fit the memory
+        entry = gallery.entry(number, item, path, f"{run}/{names[0]}")
         if not terminal:
             psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if paired else ""
             log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
-    if not items:
+        # All images' pixels may not fit the memory.
+        found.append((replace(item, image=None, stages=[], truth=None), entry))
+    found = [both for both in ranks.gather(found) if both is not None]
+    if not ranks.is_first():
+        return 0
+    if not found:
         gallery.discard()
         log.warning("no image was restored; the page was left as it was")
         return 1
 
+    items, entries = zip(*found, strict=True)
     summary = outcome(items)
-    page = gallery.write(f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summary)
+    page = gallery.write(entries, f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summary)
     close = sum(item.change < NEARLY_INPUT for item in items)
     if close:
         log.warning(

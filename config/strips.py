@@ -111,14 +111,11 @@ class StripRunner:
 
     def rain_layer(self) -> Tensor:
         """R (3, H, W) of the stage that is finished; the image becomes O - R, the next stage's input."""
-        _, se, activation, last = self.network.dec
         planes = self.gathered.permute(2, 0, 1)[None]  # (1, C, H, W), channels-last
-        attention = None if isinstance(se, nn.Identity) else se.attention(planes)
+        means = planes.mean((-2, -1))
         R = torch.empty_like(self.O)
         for top in range(0, self.height, self.step):
-            part = planes[:, :, top : top + self.step]
-            part = part.clone() if attention is None else part * attention
-            R[:, top : top + self.step] = last(activation(part))[0]
+            R[:, top : top + self.step] = self.network.rain_layer(planes[:, :, top : top + self.step], means)[0]
         torch.sub(self.O.permute(1, 2, 0), R.permute(1, 2, 0), out=self.image[HALO:-HALO])
         return R
 

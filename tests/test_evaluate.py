@@ -62,8 +62,7 @@ def test_restore_subtracts_the_rain_layer(saved, device):
 def test_score_pairs_is_the_scores_of_8bit_images(saved, data_dir):
     network = saved[0].train()
     paths = list_pairs(data_dir / "val")
-    seen = []
-    table = evaluate.score_pairs(network, paths, CPU, lambda path, *_: seen.append(path))
+    table, seen = evaluate.score_pairs(network, paths, CPU, lambda path, *_: path)
     assert table.shape == (3, 3, 4)  # pairs, input and two stages, metrics
     assert seen == paths
     assert network.training
@@ -75,14 +74,3 @@ def test_score_pairs_is_the_scores_of_8bit_images(saved, data_dir):
     joined = cv2.imread(str(paths[1])).astype(float)
     mse = ((joined[:, :48] - joined[:, 48:]) ** 2).mean()
     assert table[1, 0, 0] == pytest.approx(10 * np.log10(255**2 / mse))
-
-
-def test_pick_device():
-    assert evaluate.pick_device("cpu").type == "cpu"
-    there = torch.cuda.is_available() or torch.backends.mps.is_available()
-    assert (evaluate.pick_device("auto").type != "cpu") == there
-    with pytest.raises(UserError, match="none of auto"):
-        evaluate.pick_device("gpu0")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="PyTorch sees no such device here; there is"):
-            evaluate.pick_device("cuda")

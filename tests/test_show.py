@@ -178,10 +178,10 @@ def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path
 
 
 def test_an_image_too_large_for_the_memory_is_skipped(run, tmp_path, picture, capsys, monkeypatch):
-    def restore(network, O, stage_num, memory_gib):
+    def restore(network, O, *how):
         if O.shape[1] > 9:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
-        return evaluate.restore(network, O, stage_num, memory_gib)
+        return evaluate.restore(network, O, *how)
 
     monkeypatch.setattr(show, "restore", restore)
     write_image(tmp_path / "in/large.png", picture(10, 12, 3))
@@ -285,7 +285,7 @@ def test_scores_of_the_test_set_are_those_of_the_protocol(run, tmp_path, pairs, 
     assert run("plain") == 0
     network, *_ = evaluate.open_network(None, "plain", {"model_dir": str(tmp_path / "models"), "device": "cpu"})
     files = sorted((pairs / "test").iterdir())
-    table = evaluate.score_pairs(network, files, torch.device("cpu"))  # (pairs, 1 + stages, METRICS)
+    table, _ = evaluate.score_pairs(network, files, torch.device("cpu"))  # (pairs, 1 + stages, METRICS)
     images = page_facts(tmp_path / "out")["images"]
     found = [[view["scores"] for view in image["views"][:4]] for image in images]
     np.testing.assert_allclose(found, table[..., :2], atol=1e-4)
@@ -370,8 +370,8 @@ def test_a_new_page_leaves_no_previews_of_the_former_one(run, tmp_path, picture)
 def test_previews_are_small(tmp_path, picture):
     shown = gallery.Gallery(tmp_path)
     image = cv2.resize(picture(20, 40, 3), (4000, 2000))
-    shown.add(gallery.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
-    paths = [tmp_path / view["url"] for view in shown.images[0]["views"]]
+    entry = shown.entry(1, gallery.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
+    paths = [tmp_path / view["url"] for view in entry["views"]]
     assert {read_image(path).shape for path in paths} == {(800, 1600, 3)}
     assert {path.suffix for path in paths} == {".jpg"}
 

@@ -1,0 +1,56 @@
+"""The device that a command runs on, the precision that it computes in, and what its full memory looks like."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+import ranks
+from common import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a settings' `device`; "auto" is the first of cuda, mps and cpu that there is. Raises UserError.
+
+    Of several processes on one machine, each gets a CUDA GPU of its own. There float32 means float32 from here on:
+    PyTorch's convolutions would round their inputs to ten bits (TF32).
+    """
+    there = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()]
+    there.append("cpu")
+    try:
+        device = torch.device(there[0] if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is none of auto, cpu, mps, cuda, cuda:N") from None
+    if device.type not in there:
+        raise UserError(f"device {name!r}: PyTorch sees no such device here; there is {', '.join(there)}")
+    if device.type == "cuda":
+        if device.index is None and ranks.count() > 1:
+            device = torch.device("cuda", ranks.local())
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def is_bf16(precision: str, device: torch.device) -> bool:
+    """Whether convolutions compute in bfloat16: as `precision` says, or "auto", on CUDA GPUs that have it (Ampere)."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision == "bf16"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Within this, forward passes compute in a settings' `precision`; weights and images stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if is_bf16(precision, device) else nullcontext()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says by this error that a device's memory is full; its errors have no class in common."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what PyTorch keeps of a GPU's memory for later."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
