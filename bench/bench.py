@@ -1,8 +1,12 @@
 """Times the product against the plain published forward (reference.py), in one process, alternately.
 
-    python bench/bench.py                        # everything, on the CPU, some minutes
+    python bench/bench.py                        # everything but the variants, on the CPU, some minutes
     python bench/bench.py --only inference
+    python bench/bench.py --only variants        # bf16, torch.compile, parts, checkpointing, one beside the other
     python bench/bench.py --device cuda --json numbers.json
+
+The product computes in its device's default precision: float32 on the CPU, bf16 on a CUDA GPU. The reference computes
+in float32, on a GPU without TF32.
 
 FLOPs are nominal: those of the plain algorithm, two for each of `model.macs_per_pixel`, and a training step counts as
 three forwards. The product does fewer multiplications, so its share of the limit may exceed 100 %. The limits are
@@ -12,6 +16,7 @@ in a fresh process for each side and kind, and is what one run adds to the inter
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -20,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +43,21 @@ import settings as knobs
 from checkpoint import Checkpoint
 from common import ROOT, Parser, UserError, run_script
 from dataset import CropDataset, training_batches
+from devices import autocast, pick_device
 from image_io import write_bytes, write_image
-from main import train_step
+from main import make_optimizer, train_step
 from rain import STYLES, add_rain
 from settings import Settings
 
 SIDES = ("reference", "product")
-KINDS = ("inference", "training")
-SECTIONS = (*KINDS, "startup", "data")
+KINDS = ("inference", "images", "training")
+SECTIONS = (*KINDS, "startup", "data", "variants")
+ON_CPU = ("inference", "training", "startup", "data")  # measured there unless others are named
 PRESET = "sdsen"
 IMAGE = (321, 481)  # height, width: a BSD photograph, as beneath the paper's data sets
-BATCH, PATCH = 8, 64
-BUDGET = {"inference": 40.0, "training": 35.0}  # seconds for the repeats, beside the warm-up
+IMAGES = 16  # at once
+BATCH, PATCH = {"cpu": 8, "cuda": 64}, 64
+BUDGET = 35.0  # seconds for the repeats of a kind, beside the warm-up
 LEAST, MOST = 3, 30  # repeats, where none are asked for
 
 Numbers = dict[str, Any]
@@ -64,20 +72,47 @@ def make_inference(side: str, settings: Settings, device: torch.device, height: 
     O = torch.rand(3, height, width, generator=rng).to(device)
     if side == "product":
         network = network.to(device).eval()
-        return lambda: list(evaluate.restore(network, O))
+        return lambda: list(evaluate.restore(network, O, precision=settings.precision))
     plain = reference.build(settings, network.state_dict()).to(device).eval()
     return lambda: reference.restore(plain, O)
 
 
-def make_training(side: str, settings: Settings, device: torch.device, batch: int, patch: int) -> Callable:
-    """A function that does one step of Adam, always on the same crops, and returns the loss."""
+def make_images(side: str, settings: Settings, device: torch.device, number: int, height: int, width: int) -> Callable:
+    """A function that returns the rain layers [R_1, ..., R_T] of several images at once, each (N, 3, H, W)."""
+    network, rng = _network_and_generator(settings)
+    O = torch.rand(number, 3, height, width, generator=rng).to(device)
+    if side == "reference":
+        network, precision = reference.build(settings, network.state_dict()), "float32"
+    else:
+        precision = settings.precision
+    network = network.to(device).eval()
+
+    def run() -> list[torch.Tensor]:
+        with torch.inference_mode(), autocast(precision, device):
+            return network(O)
+
+    return run
+
+
+def make_training(
+    side: str, settings: Settings, device: torch.device, batch: int, patch: int, fused: bool | None = None
+) -> Callable:
+    """A function that does one step of Adam, always on the same crops, and returns the loss.
+
+    `fused` makes the product's Adam one kernel or not; None: as the product does it.
+    """
     network, rng = _network_and_generator(settings)
     B = torch.rand(batch, 3, patch, patch, generator=rng)
     O = (B + 0.2 * torch.rand(B.shape, generator=rng)).clamp(0, 1).to(device)
     B = B.to(device)
     if side == "product":
         network = network.to(device).train()
-        optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr)
+        network.checkpoint_activations = settings.checkpoint_activations
+        if settings.compile == "on":
+            network.compile()
+        optimizer = make_optimizer(network, settings.lr)
+        if fused is not None:
+            optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=fused)
         return lambda: train_step(network, optimizer, O, B, settings, scored=False)["loss"]
     plain = reference.build(settings, network.state_dict()).to(device).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=settings.lr)
@@ -90,7 +125,12 @@ def _network_and_generator(settings: Settings) -> tuple[model.DSEN, torch.Genera
     return model.build(settings), torch.Generator().manual_seed(0)
 
 
-MAKERS = {"inference": (make_inference, IMAGE), "training": (make_training, (BATCH, PATCH))}
+MAKERS = {"inference": make_inference, "images": make_images, "training": make_training}
+
+
+def size_of(kind: str, device: torch.device) -> tuple[int, ...]:
+    """What a kind is measured on: (H, W), (N, H, W), or crops (N, patch)."""
+    return {"inference": IMAGE, "images": (IMAGES, *IMAGE), "training": (BATCH[device.type], PATCH)}[kind]
 
 
 # ---------------------------------------------------------------- measuring
@@ -147,31 +187,89 @@ def traffic_per_pixel(network: model.DSEN) -> int:
 
 
 def measure(
-    kind: str, settings: Settings, device: torch.device, size: tuple[int, int], repeats: int | None, budget: float
+    kind: str, settings: Settings, device: torch.device, size: tuple[int, ...], repeats: int | None, budget: float
 ) -> Numbers:
-    """Both sides' times of "inference" on one image (H, W) or "training" on (N, patch), and how far they agree."""
-    make, _ = MAKERS[kind]
-    runs = {side: make(side, settings, device, *size) for side in SIDES}
+    """Both sides' times of a kind at a size (see `size_of`), and how far they agree."""
+    runs = {side: MAKERS[kind](side, settings, device, *size) for side in SIDES}
     first = {side: run() for side, run in runs.items()}  # the warm-up
     numbers: Numbers = {side: summary(s) for side, s in alternate(runs, device, repeats, budget, settle=True).items()}
     network = model.build(settings)
-    pixels = size[0] * size[1] if kind == "inference" else size[0] * size[1] ** 2
-    forwards = 1 if kind == "inference" else 3
+    pixels = size[0] * size[1] ** 2 if kind == "training" else math.prod(size)
+    forwards = 3 if kind == "training" else 1
     numbers["nominal_gflop"] = 2e-9 * forwards * pixels * model.macs_per_pixel(network)
     numbers["nominal_gb"] = 1e-9 * forwards * pixels * traffic_per_pixel(network)
     numbers["speedup"] = numbers["reference"]["median"] / numbers["product"]["median"]
     plain, product = first.values()
-    if kind == "inference":
+    if kind == "training":
+        numbers["difference"] = abs(plain - product) / abs(plain)
+    else:
         pairs = zip(plain, product, strict=True)
         numbers["difference"] = max((a - b).abs().max().item() for a, b in pairs)
-    else:
-        numbers["difference"] = abs(plain - product) / abs(plain)
     return numbers
 
 
-def peak_memory(side: str, kind: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Numbers:
-    """Bytes at the peak `before` one run and those that the run `added`, in this process, which must be a fresh one."""
-    run = MAKERS[kind][0](side, settings, device, *size)
+# What a training step could be made of: settings, and what is no setting. `fused`: Adam in one kernel.
+VARIANTS: dict[str, Numbers] = {
+    "default": {},
+    "float32": {"precision": "float32"},
+    "bf16": {"precision": "bf16"},
+    "bf16, torch.compile": {"precision": "bf16", "compile": "on"},
+    "bf16, cudnn.benchmark": {"precision": "bf16", "benchmark": True},
+    "bf16, Adam not fused": {"precision": "bf16", "fused": False},
+    "bf16, --accumulate 4": {"precision": "bf16", "accumulate": 4},
+    "bf16, --checkpoint_activations true": {"precision": "bf16", "checkpoint_activations": True},
+    "reference, float32": {"side": "reference"},
+    "reference, TF32": {"side": "reference", "tf32": True},
+    "reference, bf16": {"side": "reference", "precision": "bf16"},
+}
+ON_GPU = ("bf16, cudnn.benchmark", "bf16, Adam not fused", "reference, TF32")  # variants that mean nothing on a CPU
+
+
+def make_variant(name: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Callable:
+    """A function that does one training step the variant's way."""
+    variant = dict(VARIANTS[name])
+    side, fused = variant.pop("side", "product"), variant.pop("fused", None)
+    flags = {"benchmark": variant.pop("benchmark", False), "allow_tf32": variant.pop("tf32", False)}
+    settings = knobs.replace(settings, variant)
+    step = make_training(side, settings, device, *size, fused=fused)
+
+    def run() -> float:
+        with torch.backends.cudnn.flags(enabled=True, **flags):
+            if side == "product":
+                return step()
+            with autocast(settings.precision if "precision" in variant else "float32", device):
+                return step()
+
+    return run
+
+
+def measure_variants(
+    settings: Settings, device: torch.device, size: tuple[int, int], repeats: int | None, names: Sequence[str]
+) -> Numbers:
+    """Of each variant seconds of a step, of the first step beyond that, and bytes that a step adds at its peak.
+
+    The variants are timed in turn, each once untimed before.
+    """
+    runs = {name: make_variant(name, settings, device, size) for name in names}
+    first = {name: timed(run, device) for name, run in runs.items()}
+    seconds = alternate(runs, device, repeats, BUDGET, settle=True)
+    numbers = {name: summary(s) for name, s in seconds.items()}
+    for name, row in numbers.items():
+        row["preparation"] = first[name] - row["median"]
+        row["ratio"] = numbers[names[0]]["median"] / row["median"]
+        row["peak"] = _run_peak(name, "training", device)
+    return numbers
+
+
+def peak_memory(name: str, kind: str, settings: Settings, device: torch.device, size: tuple[int, ...]) -> Numbers:
+    """Bytes at the peak `before` one run and those that the run `added`, in this process, which must be a fresh one.
+
+    `name` is a side's or a variant's.
+    """
+    if name in SIDES:
+        run = MAKERS[kind](name, settings, device, *size)
+    else:
+        run = make_variant(name, settings, device, size)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -194,12 +292,13 @@ def _peak_resident() -> int:
 
 
 def measure_peaks(kind: str, device: torch.device) -> dict[str, Numbers]:
-    """`peak_memory` of both sides, each in a fresh process."""
-    peaks = {}
-    for side in SIDES:
-        output = _run([sys.executable, __file__, "--peak", side, kind, "--device", str(device)])
-        peaks[side] = json.loads(output)
-    return peaks
+    """`peak_memory` of both sides."""
+    return {side: _run_peak(side, kind, device) for side in SIDES}
+
+
+def _run_peak(name: str, kind: str, device: torch.device) -> Numbers:
+    """`peak_memory` in a fresh process."""
+    return json.loads(_run([sys.executable, __file__, "--peak", name, kind, "--device", str(device)]))
 
 
 def _run(command: list[str]) -> str:
@@ -261,11 +360,11 @@ def measure_data(
             write_image(clean / f"{index}.png", B)
         sources = {"stored pairs": {}, "rain drawn, rain100h": {"rain": "rain100h", "clean_dir": str(clean)}}
         for name, overrides in sources.items():
-            source = knobs.replace(settings, {**overrides, "num_workers": 0})
+            source = knobs.replace(settings, overrides)
             batches = training_batches(CropDataset(pairs, source), 0, device)
 
             def fetch(batches=batches):
-                return [x.to(device).float() / 255 for x in next(batches)]
+                return [x.to(device, non_blocking=True).float() / 255 for x in next(batches)]
 
             fetch()
             making = summary(alternate({"making": fetch}, device, 4 * repeats, 0)["making"])
@@ -309,23 +408,25 @@ def _cpu_model() -> str:
 
 
 def measure_limits(device: torch.device, side: int | None = None, megabytes: int | None = None) -> Numbers:
-    """The best GFLOP/s of a float32 matrix product of `side` cubed, and the best GB/s, read and written, of a copy."""
+    """The best GFLOP/s of matrix products of `side` cubed, and the best GB/s, read and written, of a copy."""
     large = device.type == "cuda"
     side, megabytes = side or (8192 if large else 2048), megabytes or (1024 if large else 256)
-    a, b, c = (torch.rand(side, side, device=device) for _ in range(3))
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
     x = torch.rand(megabytes * 2**18, device=device)
     y = torch.empty_like(x)
-    precision = torch.get_float32_matmul_precision()
-    if large and torch.backends.cudnn.allow_tf32:
-        torch.set_float32_matmul_precision("high")  # as the convolutions are allowed to round
-    runs = {"product": lambda: torch.mm(a, b, out=c), "copy": lambda: y.copy_(x)}
+    runs = {
+        "float32": lambda: torch.mm(a, b),
+        "bf16": lambda: torch.mm(a_bf16, b_bf16),
+        "copy": lambda: y.copy_(x),
+    }
     alternate(runs, device, 1, 0)
-    seconds = alternate(runs, device, 10, 0)
-    torch.set_float32_matmul_precision(precision)
+    seconds = {name: min(s) for name, s in alternate(runs, device, 10, 0).items()}
     return {
-        "gflops": 2e-9 * side**3 / min(seconds["product"]),
+        "gflops": 2e-9 * side**3 / seconds["float32"],
+        "gflops_bf16": 2e-9 * side**3 / seconds["bf16"],
         "side": side,
-        "gb_per_second": 2e-9 * x.nbytes / min(seconds["copy"]),
+        "gb_per_second": 2e-9 * x.nbytes / seconds["copy"],
         "megabytes": megabytes,
     }
 
@@ -350,7 +451,8 @@ def kind_rows(numbers: Numbers, limits: Numbers) -> list[list[str]]:
         [*both("median, s", lambda n: f"{n['median']:.3f}"), f"{numbers['speedup']:.2f} times faster"],
         both("min .. max, s (repeats)", lambda n: f"{n['min']:.3f} .. {n['max']:.3f} ({len(n['seconds'])})"),
         both("nominal GFLOP/s", lambda n: f"{gflop / n['median']:.1f}"),
-        both("  share of the matrix product's", lambda n: f"{gflop / n['median'] / limits['gflops']:.1%}"),
+        both("  share of float32's matrix product", lambda n: f"{gflop / n['median'] / limits['gflops']:.1%}"),
+        both("  share of bf16's matrix product", lambda n: f"{gflop / n['median'] / limits['gflops_bf16']:.1%}"),
         both("  share of the copy's GB/s, nominal", lambda n: f"{gb / n['median'] / limits['gb_per_second']:.1%}"),
     ]
     if "peaks" in numbers:
@@ -368,6 +470,19 @@ def startup_rows(numbers: Numbers) -> list[list[str]]:
     return [[labels[name], f"{n['median']:.2f}", f"{n['min']:.2f} .. {n['max']:.2f}"] for name, n in numbers.items()]
 
 
+def variant_rows(numbers: Numbers) -> list[list[str]]:
+    """The rows of `measure_variants`, for `table`: after how many steps a preparation has paid is against the first."""
+    first = next(iter(numbers.values()))
+    rows = []
+    for name, n in numbers.items():
+        gain = first["median"] - n["median"]
+        more = n["preparation"] - first["preparation"]
+        pays = f" (after {more / gain:.0f} steps)" if gain > 0 and more > 5 * n["median"] else ""
+        peak = f"{n['peak']['added'] / 2**20:.0f}"
+        rows.append([name, f"{n['median']:.4f}", f"{n['ratio']:.2f}", f"{n['preparation']:.1f}{pays}", peak])
+    return rows
+
+
 def data_rows(numbers: Numbers) -> list[list[str]]:
     """The rows of `measure_data`, for `table`."""
     rows = []
@@ -383,57 +498,65 @@ def data_rows(numbers: Numbers) -> list[list[str]]:
 
 def bench(device: torch.device, sections: tuple[str, ...], repeats: int | None) -> Numbers:
     """Measure and print the sections in turn; returns all numbers."""
-    settings = knobs.resolve(PRESET, {"batch_size": BATCH, "patch_size": PATCH})
+    settings = knobs.resolve(PRESET, {"batch_size": BATCH[device.type], "patch_size": PATCH})
     machine, limits = describe_machine(device), measure_limits(device)
     print("machine:", ", ".join(f"{name} {value}" for name, value in machine.items()))
     print(
-        f"limits:  matrix product of {limits['side']} cubed, float32: {limits['gflops']:.1f} GFLOP/s; copy of "
-        f"{limits['megabytes']} MiB: {limits['gb_per_second']:.1f} GB/s",
+        f"limits:  matrix product of {limits['side']} cubed: {limits['gflops']:.1f} GFLOP/s in float32, "
+        f"{limits['gflops_bf16']:.1f} in bf16; copy of {limits['megabytes']} MiB: {limits['gb_per_second']:.1f} GB/s",
         flush=True,
     )
     result: Numbers = {"machine": machine, "limits": limits}
+    crops = f"{BATCH[device.type]} crops of {PATCH}x{PATCH}"
     titles = {
         "inference": f"inference: {PRESET}, one {IMAGE[1]}x{IMAGE[0]} image",
-        "training": f"training step: {PRESET}, {BATCH} crops of {PATCH}x{PATCH}",
+        "images": f"inference: {PRESET}, {IMAGES} images of {IMAGE[1]}x{IMAGE[0]} at once",
+        "training": f"training step: {PRESET}, {crops}",
     }
-    differences = {"inference": "max abs difference of the stages' outputs", "training": "rel. difference of the loss"}
     for kind in (kind for kind in KINDS if kind in sections):
-        numbers = result[kind] = measure(kind, settings, device, MAKERS[kind][1], repeats, BUDGET[kind])
+        numbers = result[kind] = measure(kind, settings, device, size_of(kind, device), repeats, BUDGET)
         numbers["peaks"] = measure_peaks(kind, device)
-        rows = [*kind_rows(numbers, limits), [differences[kind], "", f"{numbers['difference']:.1e}"]]
+        difference = (
+            "rel. difference of the loss" if kind == "training" else "max abs difference of the stages' outputs"
+        )
+        rows = [*kind_rows(numbers, limits), [difference, "", f"{numbers['difference']:.1e}"]]
         print("\n" + table(titles[kind], [*SIDES, "ratio"], rows), flush=True)
     if "startup" in sections:
-        result["startup"] = measure_startup(device, repeats)
-        print(
-            "\n" + table("start-up, imports included", ["median, s", "min .. max, s"], startup_rows(result["startup"]))
-        )
+        numbers = result["startup"] = measure_startup(device, repeats)
+        print("\n" + table("start-up, imports included", ["median, s", "min .. max, s"], startup_rows(numbers)))
     if "data" in sections:
-        step = make_training("product", settings, device, BATCH, PATCH)
+        step = make_training("product", settings, device, BATCH[device.type], PATCH)
         step()
         numbers = result["data"] = measure_data(settings, device, step)
-        title = f"{BATCH} crops of {PATCH}x{PATCH}, ms (share of a step)"
+        title = f"{crops}, ms (share of a step)"
         print("\n" + table(title, ["making them", "waiting for them"], data_rows(numbers)), flush=True)
+    if "variants" in sections:
+        names = [name for name in VARIANTS if device.type == "cuda" or name not in ON_GPU]
+        numbers = result["variants"] = measure_variants(settings, device, size_of("training", device), repeats, names)
+        columns = ["s a step", "times faster", "preparation, s", "memory added, MiB"]
+        print("\n" + table(f"training step: {crops}", columns, variant_rows(numbers)), flush=True)
     return result
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(description="Time the product against the plain published forward, and print a table.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure these alone")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these alone")
     parser.add_argument("--repeats", type=int, help="timings of each; default: as many as some time allows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # for `measure_peaks`: side and kind
     known = parser.parse_args(arguments)
-    device = evaluate.pick_device(known.device)
+    device = pick_device(known.device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {known.device!r}: the bench knows cpu and cuda")
     if known.repeats is not None and known.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {known.repeats}")
     if known.peak:
-        side, kind = known.peak
-        print(json.dumps(peak_memory(side, kind, knobs.resolve(PRESET), device, MAKERS[kind][1])))
+        name, kind = known.peak
+        print(json.dumps(peak_memory(name, kind, knobs.resolve(PRESET), device, size_of(kind, device))))
         return
-    numbers = bench(device, tuple(known.only), known.repeats)
+    sections = known.only or (SECTIONS if device.type == "cuda" else ON_CPU)
+    numbers = bench(device, tuple(sections), known.repeats)
     if known.json:
         write_bytes(known.json, json.dumps(numbers, indent=2).encode())
 

@@ -29,6 +29,8 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None
     random: dict[str, Any] | None = None  # PyTorch's generators; the crops' are functions of the step
     best_psnr: float | None = None  # of the validation so far, dB
+    seconds: float = 0.0  # that the training has taken, over all its sessions
+    device: str = ""  # that it was on in the last one
     versions: dict[str, str] = field(default_factory=dict)
 
 

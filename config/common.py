@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,22 @@ def _speaker() -> str:
     """What lines begin with: "rank N: " in the processes behind the first that torchrun started."""
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return "" if rank == "0" else f"rank {rank}: "
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for an end, by `asked`; what is under way is finished first."""
+
+    def __enter__(self):
+        self.asked = False
+        self.old = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for name, handler in self.old.items():
+            signal.signal(name, handler)
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:

@@ -7,11 +7,36 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import image, scalar
 
-from common import UserError
+from common import UserError, log
+
+try:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import image, scalar
+except ModuleNotFoundError:  # as on a machine for computing alone
+    Event = None
+
+
+def open_curves(folder: Path, step: int) -> "Curves | NoCurves":
+    """The curves of a run that goes on at `step`; without tensorboardX none, and a line that says so."""
+    if Event is None:
+        log.warning("tensorboardX is not installed: no curves are written, only the log")
+        return NoCurves()
+    return Curves(folder, step)
+
+
+class NoCurves:
+    """Takes what `Curves` takes, and writes nothing."""
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Curves:

@@ -32,6 +32,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def describe(device: torch.device) -> str:
+    """The device in words: a GPU's name, or how many threads of the CPU there are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
 def is_bf16(precision: str, device: torch.device) -> bool:
     """Whether convolutions compute in bfloat16: as `precision` says, or "auto", on CUDA GPUs that have it (Ampere)."""
     if precision == "auto":

@@ -3,6 +3,9 @@
     python main.py -a train -p sdsen --data_dir DATA
     python main.py -a test -p sdsen
     python main.py -a models
+    python main.py -a tables --run dsen_rain800
+    python main.py -a tilt -m cnn dsen
+    python main.py -a stages -m sdsen
 
 `python main.py -h` lists every setting.
 """
@@ -13,7 +16,6 @@ import itertools
 import json
 import logging
 import math
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -37,12 +39,14 @@ import checkpoint as checkpoints
 import model
 import ranks
 import settings as knobs
+import studies
+import tables
 from cal_ssim import METRICS
 from checkpoint import Checkpoint
-from common import UserError, in_terminal, log, run_script, set_up_log
-from curves import Curves
+from common import Interrupt, UserError, in_terminal, log, run_script, set_up_log
+from curves import NoCurves, open_curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
-from devices import autocast, is_bf16, is_out_of_memory, pick_device
+from devices import autocast, describe, is_bf16, is_out_of_memory, pick_device
 from evaluate import NEARLY_INPUT, open_network, score_pairs
 from image_io import write_bytes, write_image
 from presets import PRESETS
@@ -63,6 +67,12 @@ PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the 
 def learning_rate(settings: Settings, step: int) -> float:
     """Adam's learning rate in a step, counted from 0: divided by 10 at each milestone (section 3.1)."""
     return settings.lr * 0.1 ** sum(step >= milestone for milestone in settings.milestones)
+
+
+def make_optimizer(network: nn.Module, lr: float) -> torch.optim.Adam:
+    """Adam, on a CUDA GPU in one kernel (section 3.1)."""
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    return torch.optim.Adam(network.parameters(), lr=lr, fused=True if on_gpu else None)  # None: PyTorch's choice
 
 
 def train_step(
@@ -148,22 +158,6 @@ def validate(
     return result, cv2.resize(mosaic, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM ask for the end of training; the step under way is finished first."""
-
-    def __enter__(self):
-        self.asked = False
-        self.old = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for name, handler in self.old.items():
-            signal.signal(name, handler)
-
-
 class Trainer:
     """A network in training: its state, its files, and the loop over the steps."""
 
@@ -178,9 +172,8 @@ class Trainer:
             checkpoints.load_weights(self.network, start, source)
         self.network.to(self.device)
         self.network.checkpoint_activations = settings.checkpoint_activations
-        fused = True if self.device.type == "cuda" else None  # None: PyTorch's choice
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr, fused=fused)
-        self.step, self.best_psnr = 0, None
+        self.optimizer = make_optimizer(self.network, settings.lr)
+        self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
         if start:
             self._resume(start, source)
         folder = data_path(settings)
@@ -194,7 +187,7 @@ class Trainer:
         log.info(f"validation on {count} of the {len(paths)} whole pairs in {folder / 'val'}, the same ones every time")
 
     def _resume(self, start: Checkpoint, source: Path) -> None:
-        self.step, self.best_psnr = start.step, start.best_psnr
+        self.step, self.best_psnr, self.seconds = start.step, start.best_psnr, start.seconds
         if start.optimizer:
             for group in start.optimizer.get("param_groups", []):
                 group["fused"] = self.optimizer.defaults["fused"]  # the training may have begun on another device
@@ -227,7 +220,14 @@ class Trainer:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = Checkpoint(
-            self.network.state_dict(), self.step, self.settings, self.optimizer.state_dict(), random, self.best_psnr
+            self.network.state_dict(),
+            self.step,
+            self.settings,
+            self.optimizer.state_dict(),
+            random,
+            self.best_psnr,
+            seconds=self.seconds + time.monotonic() - self.started,
+            device=describe(self.device),
         )
         for name in names:
             checkpoints.save(self.settings.model_path / f"{name}.pth", state)
@@ -238,10 +238,10 @@ class Trainer:
         Of several ranks, the first one writes.
         """
         settings = self.settings
-        self.curves, log_file = None, logging.NullHandler()
+        self.curves, log_file = NoCurves(), logging.NullHandler()
         if ranks.is_first():
             write_bytes(settings.log_path / "settings.json", json.dumps(asdict(settings), indent=2).encode())
-            self.curves = Curves(settings.log_path, self.step)
+            self.curves = open_curves(settings.log_path, self.step)
             log_file = logging.FileHandler(settings.log_path / "train.log")
             log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(log_file)
@@ -258,8 +258,7 @@ class Trainer:
                 raise
             raise UserError(f"{ranks.ENDED}; {self._last_good()}, and the same command goes on from it") from None
         finally:
-            if self.curves:
-                self.curves.close()
+            self.curves.close()
             log.removeHandler(log_file)
 
     def _log_start(self) -> None:
@@ -487,22 +486,43 @@ def models() -> None:
         )
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     parser = knobs.make_parser("Train, test and list the networks of S-DSEN.")
-    parser.add_argument("-a", "--action", required=True, choices=["train", "test", "models"])
+    actions = ["train", "test", "models", "tables", "tilt", "stages"]
+    parser.add_argument("-a", "--action", required=True, choices=actions)
     parser.add_argument("-p", "--preset", help="a network of the paper: see -a models; default sdsen")
-    parser.add_argument("-m", "--model", help="a checkpoint: a run's name, a name in model_dir, or a file")
+    parser.add_argument(
+        "-m", "--model", nargs="+", help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several"
+    )
     known, words = parser.parse_known_args(arguments)
+    if known.action in ("models", "tables") and (known.preset or known.model):
+        raise UserError(f"-a {known.action} takes no -p and no -m")
+    if known.action == "tables":
+        set_up_log()
+        return tables.main(words)
     overrides = knobs.read_overrides(words)
     set_up_log(overrides.get("log_level", "info"))
     if known.action == "models":
-        if known.preset or known.model or overrides:
+        if overrides:
             raise UserError("-a models takes no other argument")
         models()
-        return
+        return 0
+    names = known.model or []
+    if known.action in ("tilt", "stages") and (known.preset or not names):
+        raise UserError(f"-a {known.action} is about checkpoints: name them with -m, without -p")
+    if known.action != "tilt" and len(names) > 1:
+        raise UserError(f"-m takes one checkpoint, got {' '.join(names)}")
+    name = names[0] if names else None
     with ranks.joined():
-        act = train if known.action == "train" else test
-        act(known.preset, known.model, overrides)
+        if known.action == "train":
+            train(known.preset, name, overrides)
+        elif known.action == "test":
+            test(known.preset, name, overrides)
+        elif known.action == "tilt":
+            studies.tilt(names, overrides)
+        else:
+            studies.stages(name, overrides)
+    return 0
 
 
 if __name__ == "__main__":

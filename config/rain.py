@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from common import Parser, UserError, log, run_script, set_up_log
-from image_io import list_images, read_image, read_pair, to_bgr8, write_image
+from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, write_image
 
 Range = tuple[float, float]
 
@@ -222,7 +222,8 @@ def compare(paths: list[Path], name: str, count: int, seed: int) -> str:
 def draw(source: Path, target: Path, name: str, count: int, seed: int) -> int:
     """Write `count` joined pairs, B left and O right, for each clean image of `source`; returns how many were written.
 
-    A second call writes the same files again. Raises UserError where two images would get the same name.
+    `drawn.txt` beside them tells that they were drawn. A second call writes the same files again. Raises UserError
+    where two images would get the same name.
     """
     paths = _images(source)
     if target.resolve() == (source if source.is_dir() else source.parent).resolve():
@@ -236,6 +237,7 @@ def draw(source: Path, target: Path, name: str, count: int, seed: int) -> int:
         for number in range(count):
             drawn = add_rain(clean, STYLES[name], _generator(seed, path, number))
             write_image(target / f"{path.stem}_x{number + 1}.png", np.hstack([clean, drawn]))
+    write_bytes(target / "drawn.txt", f"drawn: {name}, {count} on each of {len(paths)} images, seed {seed}\n".encode())
     return len(paths) * count
 
 

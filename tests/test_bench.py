@@ -1,6 +1,7 @@
 """The yardstick: the plain reference is the published code, the product agrees with it, and the bench measures both."""
 
 import json
+import subprocess
 import time
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 import bench
+import checkpoint as checkpoints
 import model
 import reference
-from common import UserError
+import trainings
+from common import ROOT, UserError
 from conftest import GOLDEN
 from settings import resolve
 
@@ -76,7 +79,7 @@ def test_both_sides_are_measured_and_agree(kind, size):
     limits = bench.measure_limits(CPU, 64, 1)
     text = bench.table("title", [*bench.SIDES, "ratio"], bench.kind_rows(json.loads(json.dumps(numbers)), limits))
     assert f"{numbers['speedup']:.2f} times faster" in text
-    assert len(text.splitlines()) == 8
+    assert len(text.splitlines()) == 9
 
 
 def test_traffic_of_sdsen():
@@ -105,6 +108,60 @@ def test_share_of_waiting_for_crops():
         assert row["making_share"] == pytest.approx(row["making"]["median"] / (waiting + step))
     lines = bench.table("title", ["making", "waiting"], bench.data_rows(numbers)).splitlines()
     assert f"({numbers['stored pairs']['waiting_share']:.2%})" in lines[1]
+
+
+@pytest.mark.parametrize("name", sorted(bench.VARIANTS.keys() - {*bench.ON_GPU, "bf16, torch.compile"}))
+def test_every_variant_does_the_same_step(name):
+    settings = resolve("sdsen_s2", {"batch_size": 4, "patch_size": 16})
+    losses = [bench.make_variant(variant, settings, CPU, (4, 16))() for variant in ("reference, float32", name)]
+    tolerance = 2e-3 if name.startswith("bf16") else 1e-2 if "bf16" in name else 1e-6
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    assert "bf16" not in name or losses[1] != losses[0]
+
+
+def test_rows_of_variants_say_when_a_preparation_has_paid():
+    def row(median, preparation):
+        return {"median": median, "ratio": 2.0 / median, "preparation": preparation, "peak": {"added": 3 * 2**20}}
+
+    rows = bench.variant_rows({"default": row(2.0, 1.0), "compiled": row(1.5, 61.0), "worse": row(3.0, 50.0)})
+    assert rows[1] == ["compiled", "1.5000", "1.33", "61.0 (after 120 steps)", "3"]
+    assert rows[2][3] == "50.0"
+
+
+def test_the_papers_training_is_projected_from_a_part_of_it():
+    lines = ["run run: 130998 parameters on cpu in float32, steps 0 to 100"]
+    for step, rate in ((50, 8.0), (100, 32.0)):  # the first steps are slower: they are not projected
+        lines.append(f"step {step}/100  loss 0.1  psnr 20.00 dB  lr 0.0005  {rate} images/s  waiting for data 0.1%")
+    lines.append("validation at step 100: psnr by stage 19.10, 20.25 dB (input 18.00), ssim 0.7, 3.0 s")
+    numbers = trainings.project(lines, 63.0, 16)
+    assert numbers == pytest.approx({"start": 10, "step": 0.5, "validation": 3, "whole": 10 + 20000 * 0.5 + 40 * 3})
+    assert trainings.validation_psnr(lines) == {100: 20.25}
+
+
+def test_float32_and_bf16_are_trained_alike_and_compared(capsys):
+    words = "--steps 2 --batch_size 2 -p dsen --channel 2 --depth 4 --patch_size 16".split()
+    trainings.main(["curve", "--device", "cpu", *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
+    plain, half, difference = (float(cell) for cell in lines[2].split()[1:])
+    assert difference == pytest.approx(half - plain, abs=0.011)
+    assert abs(difference) < 0.1
+    assert lines[3].startswith("largest difference 0.0")
+
+
+def test_what_bf16_changes_in_images(tmp_path):
+    settings = resolve("sdsen_s2", {"model_dir": str(tmp_path), "channel": 2, "depth": 4})
+    torch.manual_seed(0)
+    checkpoints.save(tmp_path / "made.pth", checkpoints.Checkpoint(model.build(settings).state_dict(), 0, settings))
+    rows = trainings.compare_outputs("made", {"model_dir": str(tmp_path), "device": "cpu", "data_dir": ""})
+    assert len(rows) == 6
+    for row in rows:
+        assert 0 < row["p999"] <= row["max"] < 1
+        assert row["device"] == 0
+
+
+def test_gpu_script_parses():
+    assert subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"]).returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--repeats", "0"], ["--device", "tpu"], ["--what"]])

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import dataset as data
 import rain
+import ranks
 from common import UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
@@ -44,6 +46,42 @@ def test_read_whole_pair(data_dir):
 def test_batches_do_not_depend_on_the_workers(data_dir, aug_data, style):
     values = {"aug_data": aug_data, "rain": style}
     assert same(batches(data_dir, **values), batches(data_dir, **values, num_workers=2))
+
+
+@pytest.mark.parametrize("style", ["", "rain100h"])
+@pytest.mark.parametrize(("batch_size", "counts"), [(4, (2, 2)), (5, (2, 3)), (5, (1, 2, 2)), (3, (1, 1, 1))])
+def test_the_ranks_parts_are_the_whole_batch(data_dir, monkeypatch, style, batch_size, counts):
+    whole = batches(data_dir, first_step=2, rain=style, batch_size=batch_size)
+    monkeypatch.setattr(ranks, "count", lambda: len(counts))
+    parts = []
+    for rank, count in enumerate(counts):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        parts.append(batches(data_dir, first_step=2, rain=style, batch_size=batch_size))
+        assert [len(O) for O, _ in parts[-1]] == [count] * 4
+    together = [[torch.cat(crops) for crops in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
+    assert same(together, whole)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "device", "style", "local_ranks", "workers"),
+    [
+        (-1, "cpu", "rain100h", 1, 0),
+        (-1, "cuda", "", 1, 0),
+        (-1, "cuda", "rain100h", 1, 5),  # of six cores, one is the step's
+        (-1, "cuda", "rain100h", 2, 2),
+        (-1, "cuda", "rain100h", 6, 1),
+        (3, "cpu", "", 1, 3),
+        (0, "cuda", "rain100h", 1, 0),
+    ],
+)
+def test_processes_that_make_crops(data_dir, monkeypatch, num_workers, device, style, local_ranks, workers):
+    """Unless they are asked for, there are some where a GPU would wait for drawn rain alone."""
+    asked = []
+    monkeypatch.setattr(data, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or [])
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(6), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    training_batches(dataset(data_dir, num_workers=num_workers, rain=style), 0, torch.device(device))
+    assert asked == [workers]
 
 
 @pytest.mark.parametrize("style", ["", "rain100h"])

@@ -104,6 +104,26 @@ def test_training_lowers_the_loss(places, tmp_path):
     assert read(tmp_path, "best", "b").best_psnr > read(tmp_path, "best", "a").best_psnr + 3
 
 
+def test_training_in_little_memory_lowers_the_loss(places, tmp_path):
+    """In bfloat16, in two parts, with repeated stages."""
+    words = "--precision bf16 --checkpoint_activations true --accumulate 2 --lr 1e-2 --steps 60 --save_steps 60".split()
+    call("-a", "train", *SMALL, *LONG, *places, *words)
+    losses = [loss for _, loss in scalars(tmp_path / "log_dir" / "sdsen")["train/loss"]]
+    assert len(losses) == 60
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(("setting", "steps_that_pay", "calls"), [("on", 99, 1), ("off", 1, 0), ("auto", 1, 0)])
+def test_the_network_is_compiled_where_that_is_asked_for(places, monkeypatch, setting, steps_that_pay, calls):
+    """`auto` does so on a GPU alone, even where steps enough are left."""
+    compiled = []
+    monkeypatch.setattr(main, "COMPILE_STEPS", steps_that_pay)
+    monkeypatch.setattr(main.model.DSEN, "compile", lambda network: compiled.append(network.training))
+    with torch._dynamo.config.patch(suppress_errors=False):
+        call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--compile", setting)
+    assert compiled == [True] * calls
+
+
 def scalars(folder):
     """{tag: [(step, value), ...]} of the TensorBoard events of a run."""
     found = {}
@@ -195,6 +215,21 @@ def test_published_checkpoint_goes_on(places, tmp_path):
     assert read(tmp_path, "latest").optimizer["state"][0]["step"] == 3
 
 
+def test_a_training_of_a_gpu_goes_on_here(places, tmp_path):
+    """A CUDA GPU's Adam is fused, which the checkpoint's state of the optimiser says."""
+    words = ["-a", "train", *SMALL, *LONG, *places]
+    call(*words, "--run", "unbroken", "--steps", 4)
+    call(*words, "--run", "broken", "--steps", 2)
+    state = read(tmp_path, "latest", "broken")
+    state.optimizer["param_groups"][0]["fused"] = True
+    for moments in state.optimizer["state"].values():
+        moments["step"] = torch.tensor(float(moments["step"]))
+    checkpoints.save(tmp_path / "model_dir" / "broken" / "latest.pth", state)
+    call("-a", "train", *places, "--run", "broken", "--steps", 4)
+    assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
+    assert not read(tmp_path, "latest", "broken").optimizer["param_groups"][0]["fused"]
+
+
 def test_losses():
     O, B = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     R = O - B
@@ -237,6 +272,23 @@ def test_crops_in_pieces_give_the_whole_batchs_gradients(loss, monkeypatch):
     for result, other in found[1:]:
         assert result == pytest.approx(whole, rel=1e-5)
         assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize(("accumulate", "parts"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (9, [1] * 5)])
+def test_accumulated_parts_give_the_whole_batchs_gradients(accumulate, parts, monkeypatch):
+    monkeypatch.setattr(main, "PIECE_PIXELS", 10**6)
+    O, B = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "accumulate": accumulate})
+    torch.manual_seed(0)
+    network, seen = main.model.build(settings), []
+    loss = sum(main.LOSSES["mse"](R, O, B) for R in network(O))
+    wanted = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(network.parameters()))])
+    network.register_forward_hook(lambda network, inputs, _: seen.append(len(inputs[0])))
+    result = main.train_step(network, torch.optim.SGD(network.parameters(), lr=0.0), O, B, settings, False)
+    assert seen == parts
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+    assert (gradient - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_a_loss_that_is_not_finite_in_one_piece_changes_nothing(monkeypatch):
@@ -332,6 +384,29 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(places, tmp_path, mon
         call("-a", "train", *places, "--steps", 3)
     assert files(tmp_path / "model_dir") == before
     assert all(same_state(read(tmp_path, name), state) for name, state in states.items())
+
+
+def test_a_full_memory_is_one_line_that_says_what_takes_less(places, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 2.00 GiB")
+
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    monkeypatch.setattr(main, "train_step", full)
+    with pytest.raises(UserError) as error:
+        call("-a", "train", *places, "--accumulate", 3, "--steps", 2)
+    text = str(error.value)
+    assert "\n" not in text
+    assert "the memory of cpu is too small for batch_size 2 in 3 part(s): --accumulate 6 gives" in text
+    assert text.endswith(f"the last good checkpoint is {tmp_path / 'model_dir' / 'sdsen' / 'latest.pth'}")
+
+
+def test_another_error_of_a_step_comes_through(places, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(main, "train_step", wrong)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
 
 
 # ---------------------------------------------------------------- bad input

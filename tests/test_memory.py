@@ -28,6 +28,22 @@ def test_tensors_are_in_memory_while_there_is_room(monkeypatch):
     assert third.sum() == 210
 
 
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
+def test_other_samples_than_float32_in_memory_and_in_a_file(dtype, itemsize):
+    room = Room()
+    room.left = 10 * 20 * itemsize
+    tensors = room.zeros(10, 20, dtype=dtype), room.zeros(7, 3, dtype=dtype)
+    assert room.left == 0
+    assert [len(mapped) for mapped in room.mapped] == [7 * 3 * itemsize]
+    for tensor, shape in zip(tensors, [(10, 20), (7, 3)], strict=True):
+        assert tensor.dtype == dtype
+        assert tensor.shape == shape
+        assert not tensor.any()
+    tensors[1].copy_(torch.arange(21).view(7, 3))
+    room.release()
+    assert tensors[1].sum() == 210
+
+
 def test_the_limit_is_the_whole_process_and_never_more_than_is_free(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 10 * GIB)
     monkeypatch.setattr(memory, "resident_memory", lambda: GIB)

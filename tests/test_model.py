@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 import model
 from conftest import GOLDEN
 from convolution import FilterKeeper
+from devices import autocast
 from model import DSEN, build, count_parameters, macs_per_pixel
 from presets import PRESETS
+from settings import resolve
 from test_groupy import turn
 
 PARAMETERS = {
@@ -175,3 +178,117 @@ def test_fewer_stages_are_the_first_ones():
 def test_images_that_do_not_fit(shape):
     with pytest.raises(ValueError, match=r"expects rainy images of shape \(N, 3, H, W\)"):
         small()(torch.zeros(shape))
+
+
+# ---------------------------------------------------------------- ways to train
+
+
+CPU = torch.device("cpu")
+
+
+def reduced(preset, stage_num=4):
+    """A network in float32 and training mode, small, but with channels enough for Winograd's way."""
+    torch.manual_seed(0)
+    return build(resolve(preset, {"channel": 8, "depth": 5, "stage_num": stage_num})).train()
+
+
+def rain_layers_and_gradients(network, precision="float32"):
+    network.zero_grad()
+    with autocast(precision, CPU):
+        rain_layers = network(torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(1)))
+    sum(R.square().mean() for R in rain_layers).backward()
+    return torch.stack(rain_layers).detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("preset", ["sdsen_s2", "mcnn_sr"])
+def test_repeated_stages_give_the_same_bits(preset, precision):
+    network = reduced(preset)
+    R, gradient = rain_layers_and_gradients(network, precision)
+    network.checkpoint_activations = True
+    again, same_gradient = rain_layers_and_gradients(network, precision)
+    assert torch.equal(again, R)
+    assert torch.equal(same_gradient, gradient)
+    assert gradient.norm() > 0
+
+
+def kept_bytes(network, precision, monkeypatch):
+    """What a forward pass keeps for the gradients, besides the parameters; a stage's inputs are among it."""
+    parameters = {parameter.data_ptr() for parameter in network.parameters()}
+    kept, stage = {}, network.stage
+
+    def keep(x):
+        if x.data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x  # held, so that no other storage gets its address
+        return x
+
+    def watched(image, states):  # checkpoint holds a stage's inputs outside of autograd's sight
+        for x in (image, *states):
+            if x is not None:
+                keep(x)
+        return stage(image, states)
+
+    with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        patch.setattr(network, "stage", watched)
+        with autocast(precision, CPU):
+            network(torch.rand(2, 3, 24, 20))
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 0.25), ("bf16", 0.15)])
+def test_repeated_stages_keep_less(precision, most, monkeypatch):
+    network = reduced("sdsen_s4")
+    whole = kept_bytes(network, precision, monkeypatch)
+    network.checkpoint_activations = True
+    assert kept_bytes(network, precision, monkeypatch) < most * whole
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    yield torch._dynamo.testing.CompileCounter()  # a compiler that compiles nothing, and counts
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("preset", ["sdsen_s2", "mcnn_sr"])
+def test_a_compiled_network_is_the_same_one(preset, repeated, counter):
+    network = reduced(preset)
+    R, gradient = rain_layers_and_gradients(network)
+    network.checkpoint_activations = repeated
+    network.compile(backend=counter)
+    for _ in range(2):
+        compiled_R, compiled_gradient = rain_layers_and_gradients(network)
+        assert (compiled_R - R).abs().max() < 1e-5
+        assert (compiled_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    assert 1 <= counter.frame_count <= 2  # the first stage, which has no states, and all others
+
+
+def test_evaluation_is_not_compiled(counter):
+    network, O = reduced("sdsen_s2").eval(), torch.rand(1, 3, 12, 9)
+    with torch.no_grad():
+        wanted = network(O)
+        network.compile(backend=counter)
+        for R, other in zip(network(O), wanted, strict=True):
+            assert torch.equal(R, other)
+        list(network.each_stage(O[0]))
+    assert counter.frame_count == 0
+
+
+def test_bf16_is_of_the_middle_of_a_stage_alone():
+    """Of 255 levels, rain layers differ by less than one; the two ends of a stage compute in float32."""
+    torch.manual_seed(0)
+    network = build("sdsen_s2")
+    ends = [network.pre_layer.conv0, network.dec[1].fc, network.dec[3]]
+    middle = [*network.re_layer, *(connection.conv0 for connection in network.connect_layers), network.dec[0]]
+    found = {module: set() for module in (*ends, *middle)}
+    for module, dtypes in found.items():
+        module.register_forward_hook(lambda _, inputs, output, dtypes=dtypes: dtypes.add(output.dtype))
+    network.dec[3].register_forward_hook(lambda _, inputs, output: found[network.dec[3]].add(inputs[0].dtype))
+    O = torch.rand(1, 3, 40, 30)
+    with autocast("bf16", CPU):
+        in_bf16 = torch.stack(network(O))
+    assert [found[module] for module in ends] == [{torch.float32}] * len(ends)
+    assert [found[module] for module in middle] == [{torch.bfloat16}] * len(middle)
+    assert in_bf16.dtype == torch.float32
+    assert 0 < (in_bf16 - torch.stack(network(O))).abs().quantile(0.999) < 1 / 255

@@ -165,6 +165,33 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
     assert shown == {str(tmp_path / name): shade for name, shade in shades.items()}
 
 
+@pytest.mark.parametrize(
+    ("inputs", "stage_num", "stems"),
+    [
+        ("a/x.png b/x.png c/x.png", 0, "x x_2 x_3"),
+        ("a/x.png b/x_2.png c/x.png", 0, "x x_2 x_3"),
+        ("a/x.png b/x.png c/x_2.png", 0, "x x_2 x_2_2"),
+        ("x.jpg x.png", 0, "x x_2"),  # what is named .jpg may be written as .png
+        ("x.png x.jpg", 0, "x x_2"),
+        ("x.jpg x.webp x.tif", 0, "x x_2 x"),
+        ("x.png x.tif", 0, "x x"),
+        ("x.png X.PNG", 0, "x X_2"),
+        ("x.jpg X.TIF", 0, "x X"),
+        ("x.png x_stage1.png", 0, "x x_stage1"),
+        ("x.png x_stage1.png", 1, "x x_stage1_2"),
+        ("x_stage2.png x.png", 2, "x_stage2 x_2"),
+        ("x_stage2.png x.png", 1, "x_stage2 x"),
+    ],
+)
+def test_result_stems(inputs, stage_num, stems):
+    assert show.result_stems([Path(name) for name in inputs.split()], stage_num) == stems.split()
+
+
+def test_stage_names():
+    assert show.stage_names("a.b", ".PNG", 2) == ["a.b.PNG", "a.b_stage1.PNG", "a.b_stage2.PNG"]
+    assert show.stage_names("x", ".jpg", 0) == ["x.jpg"]
+
+
 def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path, picture, capsys):
     write_image(tmp_path / "in/good.png", picture(9, 9, 3))
     whole = (tmp_path / "in/good.png").read_bytes()

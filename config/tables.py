@@ -1,0 +1,400 @@
+"""The paper's tables from one command: which runs they need, the runs, and the tables rendered from their results.
+
+    python main.py -a tables                                    # every row and its state
+    python main.py -a tables --run dsen_rain800 sdsen_rain800   # trains, tests, writes results/NAME.json
+    python main.py -a tables --run all --jobs 4 --minutes 60    # what is missing, four at once, an hour long
+    python main.py -a tables --write                            # the README's tables, from results/*.json
+
+A row is a preset, a data set, a recipe and a seed. It trains in a run of its own name, which goes on where it was
+stopped. Settings that are typed behind (`--device cpu`, `--data_dir DIR`, ..) go to all trainings and stand in the
+result; a row with fewer steps or smaller batches than its recipe says is marked by them.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import checkpoint as checkpoints
+import settings as knobs
+from cal_ssim import METRICS
+from common import ROOT, Interrupt, Parser, UserError, log
+from image_io import write_bytes
+from presets import PRESETS
+
+RESULTS = ROOT / "results"
+README = ROOT / "README.md"
+DATA = {"rain800": "Zhang800", "rain100h": "Rain100H"}  # folder in data/, name in the paper
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},  # the defaults of settings.py
+    # For a CPU: a hundredth of the crops.
+    "short": {"steps": 2000, "batch_size": 8, "lr": 1e-3, "milestones": (1500, 1750), "clip_norm": 0.1},
+}
+# What a recipe fixes. A run that was begun with other values is another run.
+RECIPE = ("patch_size", "batch_size", "aug_data", "lr", "milestones", "clip_norm", "loss", "seed", "rain")
+PLACES = ("data_dir", "model_dir", "log_dir", "device", "precision", "memory_gib")  # that a test is told
+# PSNR and SSIM in the paper: on Rain100H, then on Zhang800.
+PAPER = {
+    "cnn": (23.36, 0.7557, 22.88, 0.8127),
+    "cnn_da": (22.21, 0.7055, 24.04, 0.8044),
+    "cnn_c4da": (22.74, 0.7320, 22.49, 0.7891),
+    "dsen": (23.60, 0.7618, 23.39, 0.8162),
+    "dsen_maxpool": (22.83, 0.7359, 22.30, 0.7916),
+    "dsen_avgpool": (22.86, 0.7382, 22.30, 0.7916),
+    "dsen_wo_se": (23.46, 0.7595, 22.53, 0.8035),
+    "mcnn": (23.70, 0.7226, 22.90, 0.7965),
+    "mcnn_sr": (26.36, 0.8395, 23.52, 0.8362),
+    "mdsen": (23.98, 0.7295, 23.48, 0.8000),
+    "mdsen_sc": (25.84, 0.8182, 23.79, 0.8269),
+    "sdsen": (27.16, 0.8589, 23.64, 0.8379),
+    "sdsen_s2": (25.04, 0.8028, 23.53, 0.8270),
+    "sdsen_s4": (26.24, 0.8328, 23.74, 0.8340),
+    "sdsen_s6": (26.90, 0.8520, 23.66, 0.8364),
+}
+TABLES = {
+    "Table 1": ("cnn", "cnn_da", "cnn_c4da", "dsen"),
+    "Table 2": ("dsen_maxpool", "dsen_avgpool", "dsen_wo_se", "dsen", "mcnn", "mcnn_sr", "mdsen", "mdsen_sc", "sdsen"),
+    "Table 3": ("sdsen_s2", "sdsen_s4", "sdsen_s6", "sdsen"),
+    "Table 4": ("dsen", "sdsen"),
+}
+
+
+class Row(NamedTuple):
+    preset: str
+    data: str
+    recipe: str = "paper"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """`PRESET_DATA`, with the recipe if it is not the paper's, and the seed if it is not 0."""
+        recipe = "" if self.recipe == "paper" else f"_{self.recipe}"
+        return f"{self.preset}_{self.data}{recipe}" + (f"_seed{self.seed}" if self.seed else "")
+
+    def settings(self, overrides: dict[str, Any]) -> knobs.Settings:
+        """The settings of the row's training, with what was typed besides."""
+        row = {"run": self.name, "data_dir": str(ROOT / "data" / self.data), "seed": self.seed}
+        return knobs.resolve(self.preset, {**row, **RECIPES[self.recipe], **overrides})
+
+    @property
+    def paper(self) -> tuple[float, float]:
+        """PSNR and SSIM in the paper."""
+        scores = PAPER[self.preset]
+        return scores[:2] if self.data == "rain100h" else scores[2:]
+
+
+def find_row(name: str) -> Row:
+    """The row of a name. Raises UserError where there is none."""
+    match = re.fullmatch(r"(.+)_(rain800|rain100h)(?:_([a-z]+))??(?:_seed(\d+))?", name)
+    if match and match[1] in PAPER and (match[3] or "paper") in RECIPES:
+        return Row(match[1], match[2], match[3] or "paper", int(match[4] or 0))
+    raise UserError(
+        f"no row is called {name!r}: it is PRESET_DATA, as dsen_rain800, or PRESET_DATA_RECIPE_seedN; "
+        f"presets: {', '.join(PAPER)}; data: {', '.join(DATA)}; recipes: {', '.join(RECIPES)}"
+    )
+
+
+def all_rows() -> list[Row]:
+    """The rows of the paper's tables, each once, and those that have a result or a checkpoint besides."""
+    return [Row(preset, data) for data in DATA for preset in PAPER]
+
+
+def _to_words(values: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+    return words
+
+
+# ---------------------------------------------------------------- state and results
+
+
+def read_result(name: str) -> dict[str, Any] | None:
+    """The result of a row; None where there is none. Raises UserError where the file is not one."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is no JSON: remove it, and run the row again") from None
+
+
+def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
+    """Collect what the row's training and test left into results/NAME.json."""
+    checkpoint = checkpoints.load(settings.model_path / "latest.pth")
+    with open(settings.log_path / "test_best.csv") as file:
+        images = list(csv.DictReader(file))
+    places = ["input", *(f"stage_{t}" for t in range(1, settings.stage_num + 1))]
+    scores = {
+        place: {metric: _mean(float(image[f"{metric}_{place}"]) for image in images) for metric in METRICS}
+        for place in places
+    }
+    drawn = Path(settings.data_dir) / "train" / "drawn.txt"
+    result = {
+        **row._asdict(),
+        "steps": checkpoint.step,
+        "seconds": round(checkpoint.seconds),
+        "device": checkpoint.device,
+        "versions": {**checkpoint.versions, "code": code_version()},
+        "train_rain": settings.rain or (drawn.read_text().strip() if drawn.is_file() else "as in the data set"),
+        "test_images": len(images),
+        "test": scores,
+        "validation": _validation_curve((settings.log_path / "train.log").read_text()),
+        "settings": knobs.to_dict(settings),
+    }
+    write_bytes(RESULTS / f"{row.name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _mean(values: Iterator[float]) -> float:
+    values = [value for value in values if value == value]  # an image smaller than SSIM's window has none
+    return round(sum(values) / len(values), 4)
+
+
+def _validation_curve(text: str) -> list[list[float]]:
+    """[step, PSNR in dB, SSIM] of a train.log; of a step that was done twice, after a kill, the last."""
+    pattern = r"validation at step (\d+): psnr by stage .*?([\d.]+) dB .*?ssim ([\d.]+)"
+    found = {int(step): [int(step), float(psnr), float(ssim)] for step, psnr, ssim in re.findall(pattern, text)}
+    return [found[step] for step in sorted(found)]
+
+
+def code_version() -> str:
+    """What git calls this state of the code; "unknown" where there is no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------- running
+
+
+class Job:
+    """One row on its way: its training, then its test, each a process of main.py."""
+
+    def __init__(self, row: Row, overrides: dict[str, Any]):
+        self.row, self.overrides = row, overrides
+        self.settings = row.settings(overrides)
+        self.part, self.process = "", None
+
+    @property
+    def step(self) -> int:
+        """Steps that the row's checkpoint has had. Raises UserError where it was begun in another way."""
+        latest = self.settings.model_path / "latest.pth"
+        if not latest.is_file():
+            return 0
+        checkpoint = checkpoints.load(latest)
+        for name in RECIPE:
+            wanted, found = getattr(self.settings, name), getattr(checkpoint.settings, name, None)
+            if wanted != found:
+                raise UserError(
+                    f"{latest} was begun with {name} {found}, and {self.row.name} has {wanted}: move that run away, or "
+                    f"go on with it by --{name}"
+                )
+        return checkpoint.step
+
+    def is_done(self) -> bool:
+        result = read_result(self.row.name)
+        return result is not None and result["steps"] >= self.settings.steps
+
+    def start(self, part: str, environment: dict[str, str]) -> None:
+        """`part` is "train" or "test"; all that it prints goes to the run's tables.log."""
+        what = (
+            ["-p", self.row.preset, *self.words]
+            if part == "train"
+            else ["-m", f"{self.row.name}/best", *self._places()]
+        )
+        path = self.settings.log_path / "tables.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            command = [sys.executable, str(ROOT / "config" / "main.py"), "-a", part, *what]
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        self.part = part
+
+    def last_line(self) -> str:
+        lines = (self.settings.log_path / "tables.log").read_text().splitlines()
+        return lines[-1] if lines else "without a word"
+
+
+def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: float) -> bool:
+    """Train and test what is missing of `rows`, `jobs` at once; whether all have a result now.
+
+    After `minutes` (0: never), on Ctrl-C or SIGTERM, the trainings save and stop; the next call goes on with them.
+    """
+    waiting = [job for job in (Job(row, overrides) for row in rows) if not _told_done(job)]
+    running: list[Job] = []
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    environment = dict(os.environ)
+    if "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
+    missed = []
+    told = False
+    with Interrupt() as stop:
+        while running or (waiting and not stop.asked):
+            if time.monotonic() > end and not stop.asked:
+                log.info(f"{minutes:g} minutes are over")
+                stop.asked = True
+            if stop.asked and not told:
+                told = True
+                for job in running:
+                    job.process.terminate()
+            while waiting and len(running) < jobs and not stop.asked:
+                job = waiting.pop(0)
+                log.info(f"{job.row.name}: from step {job.step} to {job.settings.steps}")
+                job.start("train", environment)
+                running.append(job)
+            time.sleep(0.2)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                if job.process.returncode:
+                    missed.append(job)
+                    log.warning(f"{job.row.name}: {job.part} ended with {job.last_line()!r}")
+                elif job.part == "test":
+                    result = write_result(job.row, job.settings)
+                    log.info(f"{job.row.name}: {_scores(result)}, {RESULTS / job.row.name}.json")
+                elif job.step < job.settings.steps or stop.asked:
+                    missed.append(job)
+                    log.info(f"{job.row.name}: stopped at step {job.step} of {job.settings.steps}")
+                else:
+                    job.start("test", environment)
+                    running.append(job)
+    if waiting:
+        log.info(f"not begun: {', '.join(job.row.name for job in waiting)}")
+    return not (waiting or missed)
+
+
+def _told_done(job: Job) -> bool:
+    if job.is_done():
+        log.info(f"{job.row.name}: has its result already, {_scores(read_result(job.row.name))}")
+        return True
+    return False
+
+
+# ---------------------------------------------------------------- showing
+
+
+def last_stage(result: dict[str, Any]) -> dict[str, float]:
+    """The scores of the image that a user gets."""
+    return list(result["test"].values())[-1]
+
+
+def _scores(result: dict[str, Any]) -> str:
+    return f"{last_stage(result)['psnr']:.2f} dB / {last_stage(result)['ssim']:.4f} after {result['steps']} steps"
+
+
+def list_rows(overrides: dict[str, Any]) -> None:
+    """Print every row with its state; rows of other recipes where they have a result."""
+    rows = all_rows()
+    others = (find_row(path.stem) for path in sorted(RESULTS.glob("*_*.json")) if not path.stem.startswith("stages_"))
+    rows += [row for row in others if row not in rows]
+    log.info(f"{'row':32}{'paper':>16}  state")
+    for row in rows:
+        result = read_result(row.name)
+        if result:
+            state = _scores(result)
+        else:
+            state = _state(Job(row, overrides))
+        log.info(f"{row.name:32}{row.paper[0]:>8.2f} {row.paper[1]:.4f}  {state}")
+
+
+def _state(job: Job) -> str:
+    try:
+        return f"step {job.step} of {job.settings.steps}" if job.step else "no run"
+    except UserError as error:
+        return str(error)
+
+
+def markdown() -> str:
+    """The paper's tables with what results there are, as the README shows them."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = read_result(path.stem)
+        if "preset" in result:
+            found.setdefault((result["preset"], result["data"]), []).append(result)
+    text = []
+    for title, presets in TABLES.items():
+        text += [
+            f"**{title}**\n",
+            "| row | data | PSNR | SSIM | in the paper | steps x crops | tested on | trained on | run |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for preset in presets:
+            name = PRESETS[preset].row.split(",")[0]
+            for data, data_name in DATA.items():
+                row = Row(preset, data)
+                start = [name, data_name]
+                paper = "{:.2f} / {:.4f}".format(*row.paper)
+                for result in found.get((preset, data), []):
+                    text.append("| " + " | ".join([*start, *_cells(result, paper)]) + " |")
+                if (preset, data) not in found:
+                    text.append(
+                        "| " + " | ".join([*start, "no run yet", "", paper, "", "", "", f"`{row.name}`"]) + " |"
+                    )
+        text.append("")
+    return "\n".join(text)
+
+
+def _cells(result: dict[str, Any], paper: str) -> list[str]:
+    settings, scores = result["settings"], last_stage(result)
+    row = Row(result["preset"], result["data"], seed=result["seed"])  # as the paper has it
+    name = row._replace(recipe=result["recipe"]).name
+    steps = f"{result['steps']} x {settings['batch_size']}"
+    if any(settings[name] != _listed(getattr(row.settings({}), name)) for name in ("steps", *RECIPE)):
+        steps = f"*{steps}: no reproduction*"
+    images = f"{result['test_images']} images"
+    return [f"{scores['psnr']:.2f}", f"{scores['ssim']:.4f}", paper, steps, images, result["train_rain"], f"`{name}`"]
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+BEGIN, END = "<!-- tables: made by `python config/main.py -a tables --write` -->\n", "<!-- end of tables -->"
+
+
+def write_readme() -> None:
+    """Put the tables between the two marks in the README. Raises UserError where these are missing."""
+    text = README.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{README} has not exactly one {BEGIN.strip()!r} with {END!r} behind it: nothing was changed")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    write_bytes(README, f"{before}{BEGIN}\n{markdown()}\n{END}{after}".encode())
+    log.info(f"the tables in {README} are those of {RESULTS}")
+
+
+def main(words: list[str]) -> int:
+    """What `-a tables` does with the rest of the command line; returns the exit status."""
+    parser = Parser(prog="main.py -a tables", description="The rows of the paper's tables: list, run, render them.")
+    parser.add_argument("--run", nargs="+", metavar="NAME", help="rows to train and test, or `all`")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=0.0, help="time until all stop; default: no end")
+    parser.add_argument("--write", action="store_true", help="write the README's tables from results/*.json")
+    known, rest = parser.parse_known_args(words)
+    if known.jobs < 1 or known.minutes < 0:
+        raise UserError(f"--jobs must be at least 1 and --minutes at least 0, got {known.jobs} and {known.minutes:g}")
+    overrides = knobs.read_overrides(rest)
+    for name in overrides:
+        if name in ("run", "seed", *knobs.NETWORK):
+            raise UserError(f"--{name} is the row's own: choose another row")
+    status = 0
+    if known.run:
+        rows = all_rows() if known.run == ["all"] else [find_row(name) for name in known.run]
+        status = 0 if run_rows(rows, overrides, known.jobs, known.minutes) else 1
+    if known.write:
+        write_readme()
+    if not known.run and not known.write:
+        list_rows(overrides)
+    return status
