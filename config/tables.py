@@ -210,11 +210,10 @@ class Job:
 
     def start(self, part: str, environment: dict[str, str]) -> None:
         """`part` is "train" or "test"; all that it prints goes to the run's tables.log."""
-        what = (
-            ["-p", self.row.preset, *self.words]
-            if part == "train"
-            else ["-m", f"{self.row.name}/best", *self._places()]
-        )
+        train = part == "train"
+        names = ["run", "data_dir", "steps", *RECIPE, *self.overrides] if train else PLACES
+        what = ["-p", self.row.preset] if train else ["-m", f"{self.row.name}/best"]
+        what += _to_words({name: getattr(self.settings, name) for name in names})
         path = self.settings.log_path / "tables.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
