@@ -33,6 +33,7 @@ RESULTS = ROOT / "results"
 PLOT = ROOT / "pictures" / "tilt.png"
 ANGLES = range(-90, 91, 15)  # degrees that the rain is turned by; positive leans as "/"
 IMAGES = 24  # backgrounds
+SOFTENING = 0.7  # sigma of the blur, pixels
 SIDE = 256  # of the square that is cut out of a background, pixels: every angle then sees the same
 IMAGE = (3, 321, 481)  # that stages are timed on
 REPEATS = 3
@@ -48,14 +49,15 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def turned_rain(side: int, style: RainStyle, angle: float, rng: np.random.Generator) -> np.ndarray:
     """A rain layer (side, side) uint8, turned by `angle` degrees; the same generator state gives the same rain.
 
-    It is drawn on a square that holds it at every angle. It is turned about a point between the pixels, so that the
-    interpolation softens it at 0 and 90 degrees too.
+    It is drawn on a square that holds it at every angle, and softened before it is turned, so that interpolating leaves
+    it as sharp at every angle.
     """
     canvas = ceil(hypot(side, side)) + 4
-    rain = render(canvas, canvas, style, rng)
-    matrix = cv2.getRotationMatrix2D((canvas / 2, canvas / 2), -angle, 1)  # (canvas - 1) / 2 is the middle
+    canvas += (canvas - side) % 2  # both squares then have the same middle
+    rain = cv2.GaussianBlur(render(canvas, canvas, style, rng), (0, 0), SOFTENING)
+    matrix = cv2.getRotationMatrix2D(((canvas - 1) / 2, (canvas - 1) / 2), -angle, 1)
     matrix[:, 2] -= (canvas - side) // 2
-    return cv2.warpAffine(rain, matrix, (side, side), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(rain, matrix, (side, side), flags=cv2.INTER_LANCZOS4)
 
 
 def tilted_pairs(
@@ -80,7 +82,8 @@ def tilt(names: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
 
     The rain is that of `--rain`, else the first run's, else rain800. Several ranks share the backgrounds.
     """
-    opened = [(name, *open_network(None, name, overrides)) for name in names]
+    others = {name: value for name, value in overrides.items() if name != "rain"}
+    opened = [(name, *open_network(None, name, others)) for name in names]
     settings = opened[0][2]
     style = overrides.get("rain") or settings.rain or "rain800"
     paths = list_pairs(data_path(settings) / "test")

@@ -25,12 +25,13 @@ import torch
 
 import checkpoint as checkpoints
 import settings as knobs
+import studies
 from cal_ssim import METRICS
 from common import ROOT, Interrupt, Parser, UserError, log
 from image_io import write_bytes
 from presets import PRESETS
+from studies import RESULTS
 
-RESULTS = ROOT / "results"
 README = ROOT / "README.md"
 DATA = {"rain800": "Zhang800", "rain100h": "Rain100H"}  # folder in data/, name in the paper
 RECIPES: dict[str, dict[str, Any]] = {
@@ -152,7 +153,7 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
         "validation": _validation_curve((settings.log_path / "train.log").read_text()),
         "settings": knobs.to_dict(settings),
     }
-    write_bytes(RESULTS / f"{row.name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    studies.write_json(RESULTS / f"{row.name}.json", result)
     return result
 
 
@@ -341,7 +342,29 @@ def markdown() -> str:
                         "| " + " | ".join([*start, "no run yet", "", paper, "", "", "", f"`{row.name}`"]) + " |"
                     )
         text.append("")
-    return "\n".join(text)
+    return "\n".join([*text, *_studies()])
+
+
+def _studies() -> Iterator[str]:
+    """What studies.py left, with the commands that made it."""
+    tilt = read_result("tilt")
+    if tilt:
+        runs = ", ".join(
+            f"{run} ({facts['steps']} steps x {facts['batch_size']})" for run, facts in tilt["runs"].items()
+        )
+        yield (
+            f"**Tilted rain**: {tilt['rain']} rain turned about {tilt['images']} backgrounds; {', '.join(runs)}\n\n"
+            f"{studies.tilt_markdown(tilt)}\n\n"
+            f"`python config/main.py -a tilt -m {' '.join(tilt['runs'])} --rain {tilt['rain']}`\n"
+        )
+    for path in sorted(RESULTS.glob("stages_*.json")):
+        result = read_result(path.stem)
+        yield (
+            f"**By stage**: `{result['run']}` after {result['step']} steps, {result['images']} images of "
+            f"{result['data']}, on {result['device']}\n\n"
+            f"{studies.stages_markdown(result)}\n\n"
+            f"`python config/main.py -a stages -m {result['run']}`\n"
+        )
 
 
 def _cells(result: dict[str, Any], paper: str) -> list[str]:
@@ -349,7 +372,8 @@ def _cells(result: dict[str, Any], paper: str) -> list[str]:
     row = Row(result["preset"], result["data"], seed=result["seed"])  # as the paper has it
     name = row._replace(recipe=result["recipe"]).name
     steps = f"{result['steps']} x {settings['batch_size']}"
-    if any(settings[name] != _listed(getattr(row.settings({}), name)) for name in ("steps", *RECIPE)):
+    whole = row.settings({})
+    if result["steps"] < whole.steps or any(settings[name] != _listed(getattr(whole, name)) for name in RECIPE):
         steps = f"*{steps}: no reproduction*"
     images = f"{result['test_images']} images"
     return [f"{scores['psnr']:.2f}", f"{scores['ssim']:.4f}", paper, steps, images, result["train_rain"], f"`{name}`"]

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from devices import pick_device
+
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
-    return torch.device(request.param)
+    return pick_device(request.param)  # which makes float32 on a GPU float32
 
 
 def make_pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

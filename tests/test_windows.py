@@ -197,4 +197,4 @@ def test_an_image_too_large_for_a_gpu(precision, monkeypatch):
             torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert seen[0] == 1500
     assert max(seen[-4:]) < 1500
-    assert (found - wanted).abs().max() < (1e-5 if precision == "float32" else 1e-2)
+    assert (found - wanted).abs().max() < (1e-4 if precision == "float32" else 1e-2)  # cuDNN may go several ways

@@ -1,0 +1,259 @@
+"""The rows of the paper's tables: their names, their runs, which can be stopped, and what is rendered of them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import checkpoint as checkpoints
+import main
+import tables
+from common import ROOT, UserError
+from presets import PRESETS
+from settings import FIELDS, Settings, resolve
+from tables import Row
+
+TINY = {"steps": 4, "batch_size": 2, "patch_size": 16, "milestones": (3,), "lr": 1e-3}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results go to a temporary folder, and the recipe `tiny` is known."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(tables.RECIPES, "tiny", TINY)
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def places(tmp_path, data_dir):
+    folders = {"model_dir": tmp_path / "models", "log_dir": tmp_path / "log", "data_dir": data_dir}
+    return [*(word for name, folder in folders.items() for word in (f"--{name}", str(folder))), "--device", "cpu"]
+
+
+def call(*words):
+    return main.main(["-a", "tables", *map(str, words)])
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("dsen_rain800", Row("dsen", "rain800")),
+        ("dsen_wo_se_rain100h_short", Row("dsen_wo_se", "rain100h", "short")),
+        ("sdsen_s2_rain800_seed3", Row("sdsen_s2", "rain800", seed=3)),
+        ("cnn_c4da_rain800_short_seed12", Row("cnn_c4da", "rain800", "short", 12)),
+    ],
+)
+def test_names_of_rows(name, row):
+    assert row.name == name
+    assert tables.find_row(name) == row
+
+
+@pytest.mark.parametrize("name", ["dsen", "nothing_rain800", "dsen_rain12", "dsen_rain800_long", "dsen_rain800_seed"])
+def test_no_such_row(name):
+    with pytest.raises(UserError, match=f"no row is called '{name}'.*dsen_rain800"):
+        tables.find_row(name)
+
+
+def test_the_papers_recipe_is_the_defaults():
+    """Adam 5e-4, divided by 10 at 15000 and 17500 of 20000, batch 64 of 64x64, squared error, no augmentation."""
+    for row in tables.all_rows():
+        settings = row.settings({})
+        assert (settings.lr, settings.milestones, settings.steps) == (5e-4, (15000, 17500), 20000)
+        assert (settings.batch_size, settings.patch_size, settings.loss, settings.clip_norm) == (64, 64, "mse", 0.0)
+        assert settings.aug_data == {"cnn_da": "rotate", "cnn_c4da": "quarter_turns"}.get(row.preset, "none")
+        assert settings.data_dir == str(ROOT / "data" / row.data)
+
+
+def test_every_preset_of_the_tables_has_its_row_on_both_sets():
+    assert set(tables.PAPER) == set(PRESETS) == {preset for presets in tables.TABLES.values() for preset in presets}
+    assert len({row.name for row in tables.all_rows()}) == 2 * len(PRESETS)
+    assert set(tables.RECIPE) | set(tables.PLACES) <= set(FIELDS)
+
+
+def test_a_row_is_trained_tested_and_written_once(results, places, tmp_path, capsys):
+    assert call("--run", "cnn_rain800_tiny", *places) == 0
+    result = json.loads((results / "cnn_rain800_tiny.json").read_text())
+    state = checkpoints.load(tmp_path / "models" / "cnn_rain800_tiny" / "latest.pth")
+    assert (result["steps"], result["preset"], result["recipe"], result["test_images"]) == (4, "cnn", "tiny", 2)
+    assert result["seconds"] == round(state.seconds) >= 0
+    assert result["device"].startswith("cpu, ")
+    assert result["train_rain"] == "as in the data set"
+    assert set(result["settings"]) == set(FIELDS)
+    assert list(result["test"]) == ["input", "stage_1"]
+    assert [point[0] for point in result["validation"]] == [4]
+    assert result["validation"][0][1] == pytest.approx(state.best_psnr, abs=0.005)
+    out = capsys.readouterr().out
+    psnr, ssim = result["test"]["stage_1"]["psnr"], result["test"]["stage_1"]["ssim"]
+    assert f"{psnr:.2f} dB / {ssim:.4f} after 4 steps" in out
+
+    main.main(["-a", "test", "-m", "cnn_rain800_tiny", *places])
+    assert f"{psnr:.4f}" in capsys.readouterr().out
+
+    assert call("--run", "cnn_rain800_tiny", *places) == 0
+    assert "has its result already" in capsys.readouterr().out
+    assert call("--run", "cnn_rain800_tiny", "--steps", 5, *places) == 0  # more steps are missing
+    assert json.loads((results / "cnn_rain800_tiny.json").read_text())["steps"] == 5
+
+
+def test_rows_are_listed_with_their_state(results, places, capsys):
+    call("--run", "dsen_rain800_tiny", *places)
+    call("--run", "cnn_rain800", *places, "--steps", 1, "--batch_size", 2, "--patch_size", 16)
+    (results / "cnn_rain800.json").unlink()
+    capsys.readouterr()
+    call(*places, "--batch_size", 2, "--patch_size", 16)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["dsen_rain100h"].endswith("23.60 0.7618  no run")
+    assert lines["cnn_rain800"].endswith("step 1 of 20000")
+    assert lines["dsen_rain800_tiny"].endswith("after 4 steps")
+
+
+def test_a_run_that_was_begun_in_another_way_is_not_gone_on_with(results, places):
+    call("--run", "cnn_rain800", *places, "--steps", 1, "--batch_size", 2, "--patch_size", 16)
+    with pytest.raises(UserError, match="was begun with patch_size 16, and cnn_rain800 has 64: move that run away"):
+        call("--run", "cnn_rain800", *places, "--batch_size", 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run", "nothing"], "no row is called 'nothing'"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--run", "cnn_rain800", "--stage_num", "3"], "--stage_num is the row's own"),
+        (["--stepz", "3"], "unknown setting --stepz; the nearest is --steps"),
+    ],
+)
+def test_wrong_calls(results, words, message):
+    with pytest.raises(UserError, match=message):
+        call(*words)
+
+
+def test_a_failed_training_is_told_and_the_others_go_on(results, places, tmp_path, capsys):
+    spoilt = tmp_path / "models" / "dsen_rain800_tiny" / "latest.pth"
+    assert call("--run", "cnn_rain800_tiny", *places, "--steps", 1) == 0
+    spoilt.parent.mkdir()
+    (tmp_path / "models" / "cnn_rain800_tiny" / "latest.pth").rename(spoilt)  # another network's
+    assert call("--run", "dsen_rain800_tiny", "cnn_rain800_tiny", *places) == 1
+    out = capsys.readouterr().out
+    assert "dsen_rain800_tiny: train ended with 'error: " in out
+    assert (results / "cnn_rain800_tiny.json").is_file()
+
+
+def start(places, tmp_path, *words):
+    """Two rows at once, in a process whose results go to tmp_path/results."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import main, tables; "
+        "tables.RESULTS = Path(sys.argv[2]); from common import run_script; "
+        "sys.argv[1:] = sys.argv[3:]; run_script(main.main)"
+    )
+    rows = ["-a", "tables", "--run", "cnn_rain800", "dsen_rain800", "--jobs", "2", "--patch_size", "16"]
+    more = ["--batch_size", "2", "--save_minutes", "0", *places, *words]
+    command = [sys.executable, "-c", code, str(ROOT / "config"), str(tmp_path / "results"), *rows, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("name", ["time", signal.SIGTERM, signal.SIGINT])
+def test_runs_stop_in_time_and_go_on(places, tmp_path, name):
+    process = start(places, tmp_path, *(["--minutes", "0.2"] if name == "time" else []))
+    paths = [tmp_path / "models" / row / "latest.pth" for row in ("cnn_rain800", "dsen_rain800")]
+    end = time.monotonic() + 60
+    while name != "time" and not all(path.exists() for path in paths) and time.monotonic() < end:
+        time.sleep(0.1)
+    if name != "time":
+        process.send_signal(name)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1, output
+    steps = {path.parent.name: checkpoints.load(path).step for path in paths}
+    for row, step in steps.items():
+        assert step > 0
+        assert f"{row}: stopped at step {step} of 20000" in output
+    process = start(places, tmp_path, "--steps", str(max(steps.values()) + 2))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    for row, step in steps.items():
+        assert f"{row}: from step {step} to {max(steps.values()) + 2}" in output
+        assert json.loads((tmp_path / "results" / f"{row}.json").read_text())["steps"] == max(steps.values()) + 2
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def make_result(row, **changes):
+    """A result as `write_result` makes it."""
+    settings = {**json.loads(json.dumps(vars(row.settings({})))), **changes.pop("settings", {})}
+    stages = row.settings({}).stage_num
+    scores = {
+        f"stage_{t}": {"psnr": 20.0 + t, "ssim": 0.8, "psnr_y": 22.0, "ssim_y": 0.9} for t in range(1, stages + 1)
+    }
+    values = {"steps": 20000, "test": scores, "test_images": 100, "train_rain": "as in the data set"}
+    return {**row._asdict(), **values, "settings": settings, **changes}
+
+
+def write(results, row, **changes):
+    results.mkdir(exist_ok=True)
+    (results / f"{row.name}.json").write_text(json.dumps(make_result(row, **changes)))
+
+
+def rows_of(text, name):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if f"`{name}`" in line]
+
+
+def test_only_a_full_run_of_the_papers_recipe_stands_as_one(results):
+    write(results, Row("dsen", "rain800"))
+    write(results, Row("sdsen", "rain800"), steps=4000)
+    write(results, Row("cnn", "rain800"), settings={"batch_size": 8})
+    write(results, Row("cnn", "rain100h", "short"), steps=2000, settings={"batch_size": 8, "steps": 2000})
+    text = tables.markdown()
+    (cells, again, _) = rows_of(text, "dsen_rain800")  # in tables 1, 2 and 4
+    assert cells == again
+    assert cells[2:6] == ["21.00", "0.8000", "23.39 / 0.8162", "20000 x 64"]
+    assert rows_of(text, "sdsen_rain800")[0][2:6] == [
+        "28.00",
+        "0.8000",
+        "23.64 / 0.8379",
+        "*4000 x 64: no reproduction*",
+    ]
+    assert rows_of(text, "cnn_rain800")[0][5] == "*20000 x 8: no reproduction*"
+    assert rows_of(text, "cnn_rain100h_short")[0][5] == "*2000 x 8: no reproduction*"
+    assert rows_of(text, "mcnn_rain100h") == [
+        ["MCNN", "Rain100H", "no run yet", "", "23.70 / 0.7226", "", "", "", "`mcnn_rain100h`"]
+    ]
+
+
+def test_the_readme_changes_between_its_marks_alone(results, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}old\n{tables.END}after\n")
+    monkeypatch.setattr(tables, "README", readme)
+    write(results, Row("dsen", "rain800"))
+    assert call("--write") == 0
+    text = readme.read_text()
+    assert text.startswith("before\n" + tables.BEGIN)
+    assert text.endswith(tables.END + "after\n")
+    assert tables.markdown() in text
+    assert "old" not in text
+    assert call("--write") == 0
+    assert readme.read_text() == text
+    readme.write_text("no marks")
+    with pytest.raises(UserError, match="nothing was changed"):
+        call("--write")
+    assert readme.read_text() == "no marks"
+
+
+def test_the_readme_holds_what_the_results_say():
+    text = (ROOT / "README.md").read_text()
+    assert text.count(tables.BEGIN) == 1
+    assert tables.markdown() in text
+
+
+def test_validation_curve_takes_the_last_of_a_step():
+    line = "2026 validation at step {}: psnr by stage {} dB (input 20.00), ssim {}, 3.0 s"
+    text = "\n".join(
+        line.format(*values) for values in ((500, "20.00, 21.50", 0.7), (1000, "22.25", 0.75), (500, "21.00", 0.71))
+    )
+    assert tables._validation_curve(text) == [[500, 21.0, 0.71], [1000, 22.25, 0.75]]
+
+
+def test_defaults_are_full_rows():
+    assert Settings().steps == resolve("sdsen").steps == 20000
