@@ -31,6 +31,8 @@ class Checkpoint:
     best_psnr: float | None = None  # of the validation so far, dB
     seconds: float = 0.0  # that the training has taken, over all its sessions
     device: str = ""  # that it was on in the last one
+    average: dict[str, torch.Tensor] | None = None  # moving average of the network's weights
+    stages: int = 0  # that were trained so far; 0: all of the settings'
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,9 +84,12 @@ def find(name: str, model_dir: Path) -> Path:
     raise UserError(f"no checkpoint {name!r} in {model_dir}: there are {', '.join(there[:20])}{more}")
 
 
-def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    """Put a checkpoint's weights into a network. Raises UserError where they belong to another architecture."""
-    wanted, given = network.state_dict(), checkpoint.network
+def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path, average: bool = False) -> None:
+    """Put a checkpoint's weights, or their `average` if it has one, into a network.
+
+    Raises UserError where they belong to another architecture.
+    """
+    wanted, given = network.state_dict(), (checkpoint.average if average else None) or checkpoint.network
     wrong = sorted(wanted.keys() ^ given.keys())
     wrong += [name for name in wanted if name in given and wanted[name].shape != given[name].shape]
     if wrong:

@@ -131,7 +131,8 @@ def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Genera
     top = rng.integers(height - patch + 1)
     left = rng.integers(width - patch + 1)
     turns = rng.integers(4) if aug_data == "quarter_turns" else 0
-    crops = (np.rot90(image[top : top + patch, left : left + patch], turns) for image in images)
+    across = -1 if aug_data == "flip" and rng.integers(2) else 1
+    crops = (np.rot90(image[top : top + patch, left : left + patch][:, ::across], turns) for image in images)
     return tuple(np.ascontiguousarray(crop) for crop in crops)
 
 

@@ -36,7 +36,7 @@ def describe(device: torch.device) -> str:
     """The device in words: a GPU's name, or how many threads of the CPU there are."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
 def is_bf16(precision: str, device: torch.device) -> bool:

@@ -29,7 +29,8 @@ def open_network(
     """The network that a command names, in eval mode on its device: (network, settings, file, step).
 
     `name` is a checkpoint's; without it, the best checkpoint of the run that `overrides` or `preset` (default sdsen)
-    names. The network is rebuilt from the settings in the checkpoint; one of the published code has none, and there
+    names. The network is rebuilt from the settings in the checkpoint, with as many stages as were trained, and has the
+    averaged weights if there are any; one of the published code has none, and there
     `preset` tells. Raises UserError where there is no such checkpoint or it is another network than `preset`.
     """
     asked = knobs.resolve(preset or "sdsen", overrides)
@@ -37,7 +38,8 @@ def open_network(
     places = {place: getattr(asked, place) for place in ("model_dir", "log_dir", "show_dir", "device", "precision")}
     settings = asked
     if checkpoint.settings:
-        settings = knobs.replace(checkpoint.settings, {**places, **overrides})
+        trained = {"stage_num": checkpoint.stages, "grow": ()} if checkpoint.stages else {}
+        settings = knobs.replace(checkpoint.settings, {**trained, **places, **overrides})
         for field in knobs.NETWORK:
             if preset and getattr(settings, field) != getattr(asked, field):
                 raise UserError(
@@ -45,7 +47,7 @@ def open_network(
                     "leave -p out, or name another checkpoint with -m"
                 )
     network = model.build(settings)
-    checkpoints.load_weights(network, checkpoint, path)
+    checkpoints.load_weights(network, checkpoint, path, average=True)
     return network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step
 
 

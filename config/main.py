@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -52,9 +53,11 @@ from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
 
+CHARBONNIER = 1e-3  # below this difference the loss is square, above it absolute
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (R, O, B), the mean over the batch
     "mse": lambda R, O, B: F.mse_loss(R, O - B),
     "l1": lambda R, O, B: F.l1_loss(R, O - B),
+    "charbonnier": lambda R, O, B: ((R - O + B).square() + CHARBONNIER**2).sqrt().mean(),
     "ssim": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean(),
 }
 COMPILE_STEPS = 10000  # left in a run that torch.compile, which takes a minute or more at first, is taken for
@@ -65,8 +68,16 @@ PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the 
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Adam's learning rate in a step, counted from 0: divided by 10 at each milestone (section 3.1)."""
-    return settings.lr * 0.1 ** sum(step >= milestone for milestone in settings.milestones)
+    """Adam's learning rate in a step, counted from 0: divided by 10 at each milestone (section 3.1), or a cosine."""
+    rate = settings.lr * min(1.0, (step + 1) / (settings.warmup + 1))
+    if settings.schedule == "cosine":
+        return rate * (0.505 + 0.495 * math.cos(math.pi * step / settings.steps))
+    return rate * 0.1 ** sum(step >= milestone for milestone in settings.milestones)
+
+
+def stages_at(settings: Settings, step: int) -> int:
+    """Stages that are trained in a step, counted from 0."""
+    return settings.stage_num // 2 ** sum(step < growth for growth in settings.grow)
 
 
 def make_optimizer(network: nn.Module, lr: float) -> torch.optim.Adam:
@@ -80,9 +91,9 @@ def train_step(
 ) -> dict[str, float]:
     """One step of Adam on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
 
-    Returns `loss`, the sum over the stages, and where `scored`, `stage_t/loss`, `stage_t/psnr` and `stage_t/ssim`. A
-    loss that is not finite leaves the weights as they were. The crops go through the network in the parts that
-    `accumulate` asks for, on the CPU at most a few at a time; their gradients add up to the batch's.
+    Returns `loss`, the sum over the stages that count, and where `scored`, `stage_t/loss`, `stage_t/psnr` and
+    `stage_t/ssim`. A loss that is not finite leaves the weights as they were. The crops go through the network in the
+    parts that `accumulate` asks for, on the CPU at most a few at a time; their gradients add up to the batch's.
 
     Of several ranks, each has its part of the batch, `network` is DistributedDataParallel, whose gradients are the mean
     over the ranks, and the results are those of the whole batch.
@@ -100,7 +111,7 @@ def train_step(
             with autocast(settings.precision, O.device):
                 rain_layers = network(rainy)
             losses = [LOSSES[settings.loss](R, rainy, clean) for R in rain_layers]
-            loss = share * torch.stack(losses).sum()
+            loss = share * (losses[-1] if settings.loss_stages == "last" else torch.stack(losses).sum())
             result["loss"] += loss.item()
             if is_last:
                 (result["loss"],) = ranks.total([result["loss"]])
@@ -174,8 +185,12 @@ class Trainer:
         self.network.checkpoint_activations = settings.checkpoint_activations
         self.optimizer = make_optimizer(self.network, settings.lr)
         self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
+        self.averaged = None
+        if settings.average:
+            self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
         if start:
             self._resume(start, source)
+        self.network.stage_num = stages_at(settings, self.step)
         folder = data_path(settings)
         self.dataset = CropDataset(folder / "train", settings)
         paths = list_pairs(folder / "val")
@@ -195,6 +210,9 @@ class Trainer:
                 self.optimizer.load_state_dict(start.optimizer)
             except (ValueError, KeyError):
                 raise UserError(f"{source} holds an optimiser's state that is not Adam's of this network") from None
+        if self.averaged and start.average:
+            self.averaged.module.load_state_dict(start.average)
+            self.averaged.n_averaged += 1  # else the first step would overwrite it
         if start.random:
             torch.set_rng_state(start.random["cpu"])
             if self.device.type == "cuda" and "cuda" in start.random:
@@ -206,9 +224,11 @@ class Trainer:
         if ranks.count() == 1:
             return self.network
         # Where a parameter takes no part (the connections' filters in a single stage), nobody must wait for it.
+        self.network.requires_grad_(True)
         sum(R.sum() for R in self.network(torch.zeros(1, 3, 16, 16, device=self.device))).backward()
         for parameter in self.network.parameters():
             parameter.requires_grad_(parameter.grad is not None)
+        self.optimizer.zero_grad()
         return DistributedDataParallel(self.network, gradient_as_bucket_view=True)
 
     def save(self, *names: str) -> None:
@@ -228,6 +248,8 @@ class Trainer:
             self.best_psnr,
             seconds=self.seconds + time.monotonic() - self.started,
             device=describe(self.device),
+            average=self.averaged.module.state_dict() if self.averaged else None,
+            stages=self.network.stage_num,
         )
         for name in names:
             checkpoints.save(self.settings.model_path / f"{name}.pth", state)
@@ -294,6 +316,7 @@ class Trainer:
             fetch_at = time.monotonic()
             O, B = (x.to(self.device, non_blocking=True).float() / 255 for x in next(batches))
             waited += time.monotonic() - fetch_at
+            self._grow()
             rate = learning_rate(settings, self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -301,6 +324,8 @@ class Trainer:
             result = self._train_step(O, B, scored)
             if not np.isfinite(result["loss"]):
                 raise self._not_finite(f"the loss is {result['loss']} in step {self.step + 1}")
+            if self.averaged:
+                self.averaged.update_parameters(self.network)
             self.step += 1
             lap_steps += 1
             bar.update()
@@ -321,6 +346,13 @@ class Trainer:
             self.save("latest")
             log.info(f"stopped at step {self.step}; the same command goes on from {self._path('latest')}")
 
+    def _grow(self) -> None:
+        stages = stages_at(self.settings, self.step)
+        if stages != self.network.stage_num:
+            log.info(f"step {self.step}: from {self.network.stage_num} to {stages} stages")
+            self.network.stage_num = stages
+            self.parallel = self._parallel()
+
     def _train_step(self, O: Tensor, B: Tensor, scored: bool) -> dict[str, float]:
         """`train_step`, with one line about a full memory."""
         settings = self.settings
@@ -337,7 +369,7 @@ class Trainer:
         )
 
     def _last(self, name: str) -> str:
-        return f"stage_{self.settings.stage_num}/{name}"
+        return f"stage_{self.network.stage_num}/{name}"
 
     def _path(self, name: str) -> Path:
         return self.settings.model_path / f"{name}.pth"
@@ -371,7 +403,9 @@ class Trainer:
     def _validate_and_save(self) -> None:
         self._check_weights()
         started = time.monotonic()
-        result, mosaic = validate(self.network, self.validation, self.device, self.settings)
+        network = self.averaged.module if self.averaged else self.network
+        network.stage_num = self.network.stage_num
+        result, mosaic = validate(network, self.validation, self.device, self.settings)
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
@@ -381,7 +415,7 @@ class Trainer:
         self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
         self.curves.add_picture(self.step, "val/preview", mosaic)
         write_image(self.settings.log_path / "preview.png", mosaic)
-        stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.settings.stage_num + 1))
+        stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, network.stage_num + 1))
         log.info(
             f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
             f"ssim {result[self._last('ssim')]:.4f}, {time.monotonic() - started:.1f} s"

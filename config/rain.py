@@ -219,11 +219,11 @@ def compare(paths: list[Path], name: str, count: int, seed: int) -> str:
     return "\n".join(lines)
 
 
-def draw(source: Path, target: Path, name: str, count: int, seed: int) -> int:
+def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bool = False) -> int:
     """Write `count` joined pairs, B left and O right, for each clean image of `source`; returns how many were written.
 
-    `drawn.txt` beside them tells that they were drawn. A second call writes the same files again. Raises UserError
-    where two images would get the same name.
+    With `pairs`, `source` holds joined pairs, whose clean halves are taken. `drawn.txt` in `target` says how these
+    were drawn. A second call writes the same files again. Raises UserError where two images would get the same name.
     """
     paths = _images(source)
     if target.resolve() == (source if source.is_dir() else source.parent).resolve():
@@ -233,7 +233,7 @@ def draw(source: Path, target: Path, name: str, count: int, seed: int) -> int:
     if twice:
         raise UserError(f"{source} holds two images called {twice}: rename one, as their pairs would share a name")
     for path in paths:
-        clean = to_bgr8(read_image(path))
+        clean = read_pair(path)[0] if pairs else to_bgr8(read_image(path))
         for number in range(count):
             drawn = add_rain(clean, STYLES[name], _generator(seed, path, number))
             write_image(target / f"{path.stem}_x{number + 1}.png", np.hstack([clean, drawn]))
@@ -270,6 +270,7 @@ def main(arguments: list[str]) -> None:
     drawing = commands.add_parser("draw", help="write joined pairs (B left, O right) of clean images")
     drawing.add_argument("source", type=Path, metavar="CLEAN", help="a clean image or a folder of them")
     drawing.add_argument("target", type=Path, metavar="PAIRS", help="the folder to write name_x1.png, .. into")
+    drawing.add_argument("--pairs", action="store_true", help="CLEAN holds joined pairs: take their clean halves")
     comparing = commands.add_parser("compare", help="print figures of real pairs and of rain drawn on their clean half")
     comparing.add_argument("source", type=Path, metavar="PAIRS", help="a folder of joined pairs (B left, O right)")
     for command in (drawing, comparing):
@@ -281,7 +282,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     set_up_log()
     if options.command == "draw":
-        written = draw(options.source, options.target, options.style, options.count, options.seed)
+        written = draw(options.source, options.target, options.style, options.count, options.seed, options.pairs)
         log.info("%d pairs with %s rain are in %s", written, options.style, options.target)
     else:
         log.info(compare(_images(options.source), options.style, options.count, options.seed))

@@ -52,8 +52,8 @@ class Settings:
     )
     aug_data: str = knob(
         "none",
-        "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA)",
-        choices=("none", "rotate", "quarter_turns"),
+        "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA), left to right",
+        choices=("none", "rotate", "quarter_turns", "flip"),
     )
     patch_size: int = knob(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = knob(64, "crops in a step (paper: 64)", minimum=1)
@@ -68,12 +68,27 @@ class Settings:
     # How it is trained.
     steps: int = knob(20000, "steps of training in all (paper: learning rate falls at 15000 and 17500)", minimum=1)
     lr: float = knob(5e-4, "Adam's first learning rate (paper: 5e-4)", minimum=0)
+    schedule: str = knob(
+        "steps",
+        "of the learning rate: divided by 10 at each milestone (paper), or a cosine that ends at a hundredth",
+        choices=("steps", "cosine"),
+    )
     milestones: tuple[int, ...] = knob((15000, 17500), "steps at which lr is divided by 10 (paper: 15000 17500)")
+    warmup: int = knob(0, "steps over which the learning rate rises to lr (paper: 0)", minimum=0)
     clip_norm: float = knob(0.0, "largest norm of a gradient, longer ones are shortened; 0: off (paper)", minimum=0)
     loss: str = knob(
         "mse",
-        "summed over the stages: mse or l1 of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",
-        choices=("mse", "l1", "ssim"),
+        "mse, l1 or charbonnier of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",
+        choices=("mse", "l1", "charbonnier", "ssim"),
+    )
+    loss_stages: str = knob("all", "stages whose losses are summed (paper: all)", choices=("all", "last"))
+    grow: tuple[int, ...] = knob(
+        (), "steps at which the number of stages doubles, to stage_num at last; none: all from the start (paper)"
+    )
+    average: float = knob(
+        0.0,
+        "decay of a moving average of the weights, which is then what is validated and tested; 0: off (paper)",
+        minimum=0,
     )
     accumulate: int = knob(
         1, "parts of a batch that go through a device one after another: the same gradients in less memory", minimum=1
@@ -146,8 +161,14 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
         raise UserError("clean_dir is for images that rain is drawn on: name its style with --rain")
     if settings.loss == "ssim" and settings.patch_size < 11:
         raise UserError(f"loss ssim needs crops of at least 11x11, the size of its window, got {settings.patch_size}")
-    if list(settings.milestones) != sorted(set(settings.milestones)) or min(settings.milestones, default=1) < 1:
-        raise UserError(f"milestones must be rising steps from 1 on, got {settings.milestones}")
+    for name in ("milestones", "grow"):
+        steps = getattr(settings, name)
+        if list(steps) != sorted(set(steps)) or min(steps, default=1) < 1:
+            raise UserError(f"{name} must be rising steps from 1 on, got {steps}")
+    if settings.stage_num % 2 ** len(settings.grow):
+        raise UserError(f"grow doubles the stages {len(settings.grow)} times, which can't end at {settings.stage_num}")
+    if settings.average >= 1:
+        raise UserError(f"average is a decay below 1, as 0.999, got {settings.average}")
     if settings.run in (".", "..") or set(settings.run) & set("/\\"):
         raise UserError(f"run is the name of a folder, without slashes, got {settings.run!r}")
     return settings

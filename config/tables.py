@@ -40,7 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short": {"steps": 2000, "batch_size": 8, "lr": 1e-3, "milestones": (1500, 1750), "clip_norm": 0.1},
 }
 # What a recipe fixes. A run that was begun with other values is another run.
-RECIPE = ("patch_size", "batch_size", "aug_data", "lr", "milestones", "clip_norm", "loss", "seed", "rain")
+RECIPE = (
+    "patch_size batch_size aug_data rain seed lr schedule milestones warmup clip_norm loss loss_stages grow average"
+).split()
 PLACES = ("data_dir", "model_dir", "log_dir", "device", "precision", "memory_gib")  # that a test is told
 # PSNR and SSIM in the paper: on Rain100H, then on Zhang800.
 PAPER = {

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
+
+import curves
 from common import ROOT
 
 WRITE_TOO_MUCH = """
@@ -29,3 +32,13 @@ def test_full_disk_is_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stderr == f"error: the curves in {tmp_path} can't be written: File too large\n"
     assert 49_000 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= 50_000
+
+
+def test_without_tensorboardx_there_is_a_line_and_no_file(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(curves, "Event", None)
+    nothing = curves.open_curves(tmp_path, 0)
+    nothing.add(1, {"a": 1.0})
+    nothing.add_picture(1, "picture", np.zeros((2, 2, 3), np.uint8))
+    nothing.close()
+    assert "tensorboardX is not installed: no curves are written" in caplog.text
+    assert not list(tmp_path.iterdir())

@@ -234,7 +234,8 @@ def test_losses():
     O, B = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     R = O - B
     for name, loss in main.LOSSES.items():
-        assert loss(R, O, B).item() == pytest.approx(0, abs=1e-5), name
+        least = main.CHARBONNIER if name == "charbonnier" else 0
+        assert loss(R, O, B).item() == pytest.approx(least, abs=1e-5), name
         assert loss(torch.zeros_like(R), O, B) > 0.01, name
     assert main.LOSSES["mse"](torch.zeros_like(R), O, B) == pytest.approx(((O - B) ** 2).mean().item())
 
@@ -307,6 +308,65 @@ def test_learning_rate():
     settings = resolve()
     rates = [main.learning_rate(settings, step) for step in (0, 14999, 15000, 17499, 17500, 19999)]
     assert rates == pytest.approx([5e-4, 5e-4, 5e-5, 5e-5, 5e-6, 5e-6])
+
+
+def test_learning_rate_by_cosine_and_with_warmup():
+    settings = resolve("sdsen", {"schedule": "cosine", "steps": 1000, "lr": 1.0})
+    rates = [main.learning_rate(settings, step) for step in (0, 250, 500, 1000)]
+    assert rates == pytest.approx([1.0, 0.505 + 0.495 * np.sqrt(0.5), 0.505, 0.01])
+    settings = resolve("sdsen", {"warmup": 9, "lr": 1.0})
+    assert [main.learning_rate(settings, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+
+
+def test_stages_grow_to_their_number():
+    settings = resolve("sdsen", {"grow": (10, 20)})
+    assert [main.stages_at(settings, step) for step in (0, 9, 10, 19, 20, 99)] == [2, 2, 4, 4, 8, 8]
+    assert main.stages_at(resolve("sdsen_s6"), 0) == 6
+
+
+def test_the_last_stage_alone_is_trained():
+    settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "loss_stages": "last"})
+    torch.manual_seed(0)
+    network = main.model.build(settings)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    result = main.train_step(network, optimizer, *torch.rand(2, 2, 3, 16, 16), settings, True)
+    assert result["loss"] == pytest.approx(result["stage_2/loss"], rel=1e-6)
+
+
+def test_charbonnier_is_absolute_far_from_zero_and_smooth_at_it():
+    zero = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    main.LOSSES["charbonnier"](zero, zero.detach(), zero.detach()).backward()
+    assert torch.equal(zero.grad, torch.zeros_like(zero))
+    far = main.LOSSES["charbonnier"](torch.full((1, 3, 4, 4), 0.5), *torch.zeros(2, 1, 3, 4, 4))
+    assert far.item() == pytest.approx(0.5, abs=1e-5)
+
+
+def test_growing_run_with_averaged_weights_resumes_and_is_tested_as_far_as_it_was_trained(places, tmp_path):
+    words = ["-a", "train", *SMALL, *LONG, *places, "--stage_num", 4, "--grow", 3, "--average", 0.5, "--val_images", 0]
+    call(*words, "--run", "broken", "--steps", 2)
+    call("-a", "test", *places, "-m", "broken/latest")
+    columns = read_csv(tmp_path / "log_dir" / "broken" / "test_latest.csv")[0]
+    assert "psnr_stage_2" in columns
+    assert "psnr_stage_3" not in columns
+    call("-a", "train", *places, "--run", "broken", "--steps", 4)
+    call(*words, "--run", "unbroken", "--steps", 4)
+    a, b = read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken")
+    assert same_state(a, b)
+    assert all(torch.equal(a.average[name], b.average[name]) for name in a.average)
+    assert any(not torch.equal(a.average[name], a.network[name]) for name in a.average)
+    assert (a.stages, read(tmp_path, "step_2", "unbroken").stages) == (4, 2)
+    opened, settings, *_ = main.open_network(None, "unbroken/latest", {"model_dir": str(tmp_path / "model_dir")})
+    assert settings.stage_num == opened.stage_num == 4
+    assert all(torch.equal(tensor, b.average[name]) for name, tensor in opened.state_dict().items())
+
+
+def test_average_is_the_moving_one(places, tmp_path):
+    """After three steps w1, w2, w3 with decay 0.75: the first step's weights, then a quarter of each new one's."""
+    words = ["-a", "train", *SMALL, *LONG, *places, "--average", 0.75, "--save_steps", 1]
+    call(*words, "--steps", 3)
+    w1, w2, w3 = (read(tmp_path, f"step_{step}").network["dec.3.weight"] for step in (1, 2, 3))
+    expected = 0.75 * (0.75 * w1 + 0.25 * w2) + 0.25 * w3
+    assert (read(tmp_path, "latest").average["dec.3.weight"] - expected).abs().max() < 1e-7
 
 
 # ---------------------------------------------------------------- interruption

@@ -167,7 +167,9 @@ def test_draw_round_trip(clean_folder, tmp_path, capsys):
     target = tmp_path / "deep" / "pairs"
     arguments = ["draw", str(clean_folder), str(target), "--style", "rain800", "--count", "2", "--seed", "3"]
     rain.main(arguments)
-    assert sorted(path.name for path in target.iterdir()) == ["a_x1.png", "a_x2.png", "b_x1.png", "b_x2.png"]
+    drawn = target / "drawn.txt"
+    assert sorted(target.iterdir()) == [*(target / f"{name}.png" for name in ("a_x1", "a_x2", "b_x1", "b_x2")), drawn]
+    assert drawn.read_text() == "drawn: rain800, 2 on each of 2 images, seed 3\n"
     clean, rainy = read_pair(target / "a_x1.png")
     assert np.array_equal(clean, cv2.imread(str(clean_folder / "a.png")))
     assert (rainy >= clean).all()
@@ -185,6 +187,14 @@ def test_draw_round_trip(clean_folder, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "Rain100L's published figures" in table
     assert "rain100l (12 rendered)" in table
+
+
+def test_draw_on_the_clean_halves_of_pairs(clean_folder, tmp_path):
+    rain.main(["draw", str(clean_folder / "a.png"), str(tmp_path / "pairs")])
+    rain.main(["draw", "--pairs", str(tmp_path / "pairs"), str(tmp_path / "again"), "--style", "rain100l"])
+    clean, rainy = read_pair(tmp_path / "again" / "a_x1_x1.png")
+    assert np.array_equal(clean, cv2.imread(str(clean_folder / "a.png")))
+    assert not np.array_equal(rainy, read_pair(tmp_path / "pairs" / "a_x1.png")[1])
 
 
 def test_draw_errors(clean_folder, tmp_path):

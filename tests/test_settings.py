@@ -128,3 +128,16 @@ def test_every_knob_says_what_it_is():
     for name, field in knobs.FIELDS.items():
         assert len(field.metadata["text"]) > 10
         assert f"--{name} " in parser_help
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"grow": (20, 10)}, "grow must be rising steps"),
+        ({"grow": (10, 20), "stage_num": 6}, "doubles the stages 2 times, which can't end at 6"),
+        ({"average": 1.0}, "average is a decay below 1"),
+    ],
+)
+def test_growth_and_average_that_are_not_possible(overrides, message):
+    with pytest.raises(UserError, match=message):
+        resolve("sdsen", overrides)
