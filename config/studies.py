@@ -123,7 +123,7 @@ def plot_tilt(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     upright = result["angles"].index(0)
     for name, psnr in result["psnr"].items():
         style = {"color": "grey", "linestyle": ":"} if name == "rainy input" else {"marker": "."}
@@ -134,7 +134,7 @@ def plot_tilt(result: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set(xlabel=f"degrees that {result['rain']} rain is turned by", xticks=range(-90, 91, 30))
         axes.grid(alpha=0.3)
-    left.legend()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
