@@ -65,12 +65,15 @@ class FilterKeeper:
     """
 
     _kept: tuple | None = None  # (what the filters were made from, the filters)
+    prepared: tuple | None = None  # filters and bias for compiled code, which can't look among the shared ones
 
     def make_filters(self) -> tuple[Tensor, Tensor | None]:
         """The ordinary convolution's filters (O, I, k, k) and bias (O)."""
         return self.weight, self.bias
 
     def filters(self) -> Filters:
+        if self.prepared is not None and torch.compiler.is_compiling():
+            return Filters(*self.prepared)
         shared = _shared.layers
         if shared is not None and self in shared:
             return shared[self]
@@ -95,7 +98,7 @@ class FilterKeeper:
         return super()._apply(*arguments, **keywords)
 
     def __getstate__(self) -> dict:  # copies and pickles make their own filters
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "prepared": None}
 
 
 class Conv5x5(FilterKeeper, nn.Conv2d):
@@ -111,12 +114,12 @@ class Conv5x5(FilterKeeper, nn.Conv2d):
 def winograd_fits(inputs: Sequence[Tensor], filters: Tensor) -> bool:
     """Whether Winograd's way is allowed here, and the faster one: measured on the CPU, with enough channels."""
     return (
-        _shared.layers is not None
+        not torch.compiler.is_compiling()
+        and _shared.layers is not None
         and filters.shape[-2:] == (KERNEL, KERNEL)
         and min(filters.shape[:2]) >= 8
         and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (*inputs, filters))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.torch_version import TorchVersion
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -298,12 +299,18 @@ class Trainer:
 
     def _compile(self) -> None:
         """Compile the network where that is asked for, or on a GPU pays."""
+        asked = self.settings.compile == "on"
         long = self.device.type == "cuda" and self.settings.steps - self.step >= COMPILE_STEPS
-        if self.settings.compile == "on" or (self.settings.compile == "auto" and long):
-            log.info("compiling the network, which makes the first step slow; --compile off does without")
-            # Nobody asked for it: where there is no compiler, the network runs as it is.
-            torch._dynamo.config.suppress_errors = self.settings.compile == "auto"
-            self.network.compile()
+        if not (asked or (self.settings.compile == "auto" and long)):
+            return
+        if TorchVersion(torch.__version__) < "2.5":  # which would compile anew in every step
+            if asked:
+                raise UserError(f"--compile on needs PyTorch 2.5 or newer, this is {torch.__version__}")
+            return
+        log.info("compiling the network, which makes the first step slow; --compile off does without")
+        # Where nobody asked for it and there is no compiler, the network runs as it is.
+        torch._dynamo.config.suppress_errors = not asked
+        self.network.compile()
 
     def _loop(self, bar: tqdm, interrupt: Interrupt) -> None:
         settings = self.settings

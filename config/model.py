@@ -184,11 +184,14 @@ class DSEN(nn.Module):
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         O = O.contiguous(memory_format=torch.channels_last)  # the order that the fast convolutions read
         rain_layers, image, states = [], O, [None] * len(self.re_layer)
-        stage = self.compiled_stage if self.compiled_stage and self.training else self.stage
+        compiled = self.compiled_stage if self.training else None
+        stage = compiled or self.stage
         with shared_filters() as again:
             for module in self.modules():
                 if isinstance(module, FilterKeeper):
-                    module.filters().prepare()  # before the stages: what a stage does must not depend on which it is
+                    filters = module.filters()
+                    filters.prepare()  # before the stages: what a stage does must not depend on which it is
+                    module.prepared = (filters.filters, filters.bias) if compiled else None
             if self.checkpoint_activations and torch.is_grad_enabled():
                 repeated = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
                 stage = partial(checkpoint, stage, **repeated)

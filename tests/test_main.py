@@ -118,10 +118,17 @@ def test_the_network_is_compiled_where_that_is_asked_for(places, monkeypatch, se
     """`auto` does so on a GPU alone, even where steps enough are left."""
     compiled = []
     monkeypatch.setattr(main, "COMPILE_STEPS", steps_that_pay)
+    monkeypatch.setattr(main.torch, "__version__", "2.5.0")
     monkeypatch.setattr(main.model.DSEN, "compile", lambda network: compiled.append(network.training))
     with torch._dynamo.config.patch(suppress_errors=False):
         call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--compile", setting)
     assert compiled == [True] * calls
+
+
+def test_compiling_with_an_old_pytorch_is_refused(places, monkeypatch):
+    monkeypatch.setattr(main.torch, "__version__", "2.4.1")
+    with pytest.raises(UserError, match=r"--compile on needs PyTorch 2\.5 or newer, this is 2\.4\.1"):
+        call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--compile", "on")
 
 
 def scalars(folder):

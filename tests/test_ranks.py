@@ -255,7 +255,7 @@ def test_training_goes_on_with_another_number_of_processes(folder, first, then):
 def test_uneven_batches_are_those_of_one_process(folder, run, words):
     first, second = train_in_ranks(folder, 2, f"{run}_two", *TINY, *words, "--steps", 4, "--val_images", 1)
     assert "5 crops in all, 2 here" in first
-    assert second == ""
+    assert "rank 1: " not in second  # PyTorch 2.4 may warn there
     alone(folder, f"{run}_one", *TINY, *words, "--steps", 4, "--val_images", 1)
     assert same_training(*(read(folder, f"{run}_{count}") for count in ("two", "one")))
     for name in ("train/loss", "train/stage_1/psnr", "train/stage_1/ssim", "val/stage_1/psnr"):
