@@ -54,6 +54,11 @@ from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 CHARBONNIER = 1e-3  # below this difference the loss is square, above it absolute
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (R, O, B), the mean over the batch
     "mse": lambda R, O, B: F.mse_loss(R, O - B),
@@ -264,9 +269,10 @@ class Trainer:
         self.curves, log_file = NoCurves(), logging.NullHandler()
         if ranks.is_first():
             write_bytes(settings.log_path / "settings.json", json.dumps(asdict(settings), indent=2).encode())
-            self.curves = open_curves(settings.log_path, self.step)
             log_file = logging.FileHandler(settings.log_path / "train.log")
             log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            self._claim(log_file)
+            self.curves = open_curves(settings.log_path, self.step)
         log.addHandler(log_file)
         try:
             self._log_start()
@@ -283,6 +289,20 @@ class Trainer:
         finally:
             self.curves.close()
             log.removeHandler(log_file)
+            log_file.close()
+
+    def _claim(self, log_file: logging.FileHandler) -> None:
+        """Lock the log as long as this process lives. Raises UserError where another process trains this run."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(log_file.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run {self.settings.run} is in training already, by another process: {self.settings.log_path}"
+            ) from None
+        except OSError:  # a file system without locks
+            log.debug(f"{self.settings.log_path} can't be locked")
 
     def _log_start(self) -> None:
         settings = self.settings

@@ -404,6 +404,21 @@ def test_interrupt_finishes_the_step_and_saves(places, tmp_path, name):
     assert output.rstrip().splitlines()[-2].startswith(f"step {step}/100000") or step % 20 == 0
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(places, tmp_path):
+    process = start_long_run(places)
+    try:
+        wait_for(tmp_path / "model_dir" / "sdsen" / "latest.pth")
+        with pytest.raises(UserError, match="run sdsen is in training already, by another process"):
+            call("-a", "train", *places)
+        call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--run", "other")
+    finally:
+        process.kill()
+        process.communicate()
+    step = read(tmp_path, "latest").step
+    call("-a", "train", *places, "--steps", step + 1)
+    assert read(tmp_path, "latest").step == step + 1
+
+
 def test_kill_leaves_the_last_good_checkpoint_and_the_steps_go_on(places, tmp_path):
     process = start_long_run(places, "--save_minutes", 0)  # writes a checkpoint in every step
     wait_for(tmp_path / "model_dir" / "sdsen" / "step_20.pth")
