@@ -352,9 +352,7 @@ def _studies() -> Iterator[str]:
     """What studies.py left, with the commands that made it."""
     tilt = read_result("tilt")
     if tilt:
-        runs = ", ".join(
-            f"{run} ({facts['steps']} steps x {facts['batch_size']})" for run, facts in tilt["runs"].items()
-        )
+        runs = (f"{run} ({facts['steps']} steps x {facts['batch_size']})" for run, facts in tilt["runs"].items())
         yield (
             f"**Tilted rain**: {tilt['rain']} rain turned about {tilt['images']} backgrounds; {', '.join(runs)}\n\n"
             f"{studies.tilt_markdown(tilt)}\n\n"
