@@ -154,10 +154,17 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
         "test_images": len(images),
         "test": scores,
         "validation": _validation_curve((settings.log_path / "train.log").read_text()),
-        "settings": knobs.to_dict(settings),
+        "settings": _portable(settings),
     }
     studies.write_json(RESULTS / f"{row.name}.json", result)
     return result
+
+
+def _portable(settings: knobs.Settings) -> dict[str, Any]:
+    """The settings, of paths the last part alone: where a folder lies says something of one machine only."""
+    values = knobs.to_dict(settings)
+    paths = {name: Path(value).name for name, value in values.items() if knobs.FIELDS[name].metadata["path"]}
+    return {**values, **paths}
 
 
 def _mean(values: Iterator[float]) -> float:

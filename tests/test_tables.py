@@ -82,6 +82,8 @@ def test_a_row_is_trained_tested_and_written_once(results, places, tmp_path, cap
     assert result["device"].startswith("cpu, ")
     assert result["train_rain"] == "as in the data set"
     assert set(result["settings"]) == set(FIELDS)
+    assert str(tmp_path) not in json.dumps(result)  # where things lie is nobody else's business
+    assert result["settings"]["model_dir"] == "models"
     assert list(result["test"]) == ["input", "stage_1"]
     assert [point[0] for point in result["validation"]] == [4]
     assert result["validation"][0][1] == pytest.approx(state.best_psnr, abs=0.005)
