@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import settings as knobs
-from common import UserError
+from common import ROOT, UserError
 from image_io import write_bytes
 from settings import Settings
 
@@ -68,13 +68,30 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**values)
 
 
-def find(name: str, model_dir: Path) -> Path:
-    """The file of a checkpoint: a path, a file of `model_dir` (`.pth` may be left off), or a run: its best, or latest.
+def export(source: Path, path: Path) -> Checkpoint:
+    """Write what is needed to use the network of `source`, not to go on with its training: weights and settings.
 
-    Raises UserError with a list of what there is.
+    The weights are the averaged ones where there are any. Folders that lie outside the repository, which say something
+    of one machine only, are left out. Raises UserError as `load` and `save` do.
+    """
+    whole = load(source)
+    if not whole.settings:
+        raise UserError(f"{source} is the published code's, which holds no settings: train on from it first")
+    stages = whole.stages or whole.settings.stage_num
+    places = knobs.map_paths(whole.settings, lambda place: place if Path(place).is_relative_to(ROOT) else "")
+    places = {name: tuple(filter(None, v)) if isinstance(v, tuple) else v for name, v in places.items()}
+    settings = knobs.replace(whole.settings, {**places, "stage_num": stages, "grow": (), "run": path.stem})
+    save(path, Checkpoint(whole.average or whole.network, whole.step, settings))
+    return whole
+
+
+def find(name: str, model_dir: Path) -> Path:
+    """The file of a checkpoint: a path, a run (its best, or latest), or a file of `model_dir` (`.pth` may be left off).
+
+    A run of one's own goes before shipped weights of the same name. Raises UserError with a list of what there is.
     """
     folder = model_dir / name
-    for path in (Path(name), folder, model_dir / f"{name}.pth", folder / "best.pth", folder / "latest.pth"):
+    for path in (Path(name), folder, folder / "best.pth", folder / "latest.pth", model_dir / f"{name}.pth"):
         if path.is_file():
             return path
     there = sorted(str(path.relative_to(model_dir).with_suffix("")) for path in model_dir.rglob("*.pth"))

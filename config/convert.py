@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from backgrounds import find_twins, thumbnail
 from common import ROOT, Parser, UserError, log, run_script, set_up_log
 from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, write_image
 
@@ -55,7 +56,6 @@ ROLE_NAMES = {  # "norain-1", "001_GT", "rain-1", "001_in"
 }
 PREFIX = re.compile(rf"^({CLEAN}|{RAINY})([-_ ]|(?=\d))")
 SUFFIX = re.compile(rf"[-_ ]({CLEAN}|{RAINY})$|(?<=\d)x2$")
-SAME_BACKGROUND = 0.995  # correlation of thumbnails; on Rain800 unlike pictures reach 0.991, the same start at 0.999
 SAMPLE = 100  # joined files of a split that are looked at to tell the sides
 SHOWN = 20  # lines of one kind on the screen; the report holds them all
 
@@ -271,22 +271,6 @@ def store(target: Path, clean: np.ndarray, rainy: np.ndarray, data: bytes | None
     return True
 
 
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 as (1024,) float32 of mean 0 and length 1, so that a product is a correlation; 0 if flat."""
-    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
-    grey = grey.astype(np.float32).ravel()
-    grey -= grey.mean()
-    length = np.linalg.norm(grey)
-    return grey / length if length > 32 else np.zeros_like(grey)  # 32: a standard deviation of one grey level
-
-
-def find_twins(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> list[str]:
-    """One line "NAME: OTHER, OTHER" for each of `some` whose background is in `others`; thumbnails by name."""
-    names, matrix = np.array(list(others)), np.stack([*others.values(), np.zeros(1024, np.float32)])[:-1]
-    twins = {name: names[matrix @ thumb > SAME_BACKGROUND] for name, thumb in some.items()} if others else {}
-    return [f"{name}: {', '.join(same)}" for name, same in twins.items() if len(same)]
-
-
 def check_data_dir(data_dir: Path, settings: dict, planned: dict[str, set[str]]) -> dict:
     """Raise UserError where `data_dir` holds something else than this conversion; returns its record, updated."""
     path, record = data_dir / "convert.json", {}
@@ -366,10 +350,11 @@ def summarise(thumbs: dict[str, dict[str, np.ndarray]], data_dir: Path, report: 
         for path in list_images(data_dir / split) if (data_dir / split).is_dir() else []:
             with contextlib.suppress(UserError):
                 thumbs[split][f"{split}/{path.name}"] = thumbnail(read_pair(path)[0])
-    for line in find_twins(thumbs["test"], thumbs["train"] | thumbs["val"]):
-        report["warnings"].append(f"test background also in training: {line}")
+    for name, same in find_twins(thumbs["test"], thumbs["train"] | thumbs["val"]).items():
+        report["warnings"].append(f"test background also in training: {name}: {', '.join(same)}")
     twins = "validation backgrounds that are also trained on"
-    report[twins] += find_twins(thumbs["val"], thumbs["train"])
+    found = find_twins(thumbs["val"], thumbs["train"])
+    report[twins] += [f"{name}: {', '.join(same)}" for name, same in found.items()]
     whole, path = [f"pairs: {counts}"], data_dir / "convert_report.txt"
     for title, lines in report.items():
         whole += ["", f"{title}: {len(lines)}", *(f"  {line}" for line in lines)]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import builtin
 import ranks
+from backgrounds import find_twins, thumbnail
 from common import ROOT, UserError, in_terminal, log
 from image_io import list_images, read_image, read_pair, to_bgr8
 from rain import STYLES, add_rain
@@ -68,49 +69,71 @@ class CropDataset(Dataset):
     Item i, the i-th sample of the whole training, is a function of (seed, i // batch_size, i % batch_size) alone: of
     seed, step and sample. Each epoch goes through the images in an order of its own.
 
-    The pairs lie in `folder`. With `rain`, only their clean halves are taken, or the images in `clean_dir` instead.
+    The pairs lie in `folder`. With `rain`, only their clean halves are taken, or the images in `clean_dir` instead. The
+    pairs in the folders `more_data` come besides, as they are stored. Whatever shows a background of the pairs in the
+    folders `exclude` is left out.
 
     Raises UserError where a file is no pair or smaller than the patch; all files are looked at once, at the start.
     """
 
     def __init__(self, folder: Path, settings: Settings):
         self.settings = settings
-        self.paths = list_clean(Path(settings.clean_dir)) if settings.clean_dir else list_pairs(folder)
-        self.kept: dict[int, Images] = {}
+        first = list_clean(Path(settings.clean_dir)) if settings.clean_dir else list_pairs(folder)
+        self.paths = first + [path for more in settings.more_data for path in list_pairs(Path(more))]
+        self.drawn_on = set(first if settings.rain else ())
+        self.kept: dict[Path, Images] = {}
+        excluded = {
+            str(path): thumbnail(read_pair(path)[0]) for other in settings.exclude for path in list_pairs(Path(other))
+        }
         room = settings.cache_gib * 2**30
+        thumbs = {}
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
             everything = pool.map(self._read, self.paths)
             bar = tqdm(everything, "first scan", len(self.paths), disable=not in_terminal(), leave=False)
-            for index, images in enumerate(bar):
+            for path, images in zip(self.paths, bar, strict=True):
+                if excluded:
+                    thumbs[path] = thumbnail(images[0])
                 room -= sum(image.nbytes for image in images)
                 if room >= 0:
-                    self.kept[index] = images
+                    self.kept[path] = images
+        if excluded:
+            self._leave_out(set(find_twins(thumbs, excluded)))
         what = f"clean images, {settings.rain} rain drawn on their crops," if settings.rain else "training pairs"
-        log.info(f"{len(self.paths)} {what} from {self.paths[0].parent}, {len(self.kept)} of them kept in memory")
+        more = f" and {' and '.join(settings.more_data)}" if settings.more_data else ""
+        log.info(f"{len(self.paths)} {what} from {first[0].parent}{more}, {len(self.kept)} of them kept in memory")
+
+    def _leave_out(self, twins: set[Path]) -> None:
+        self.paths = [path for path in self.paths if path not in twins]
+        self.kept = {path: images for path, images in self.kept.items() if path not in twins}
+        what = f"{len(twins)} training images show backgrounds of {' and '.join(self.settings.exclude)}"
+        if not self.paths:
+            raise UserError(f"all {what}: nothing is left to train on")
+        log.info(f"{what} and are left out")
 
     def _read(self, path: Path) -> Images:
-        """(B, O) of a pair; with `rain`, (B,) of a pair or of a clean image."""
-        settings, patch = self.settings, self.settings.patch_size
-        images = (to_bgr8(read_image(path)),) if settings.clean_dir else read_pair(path)
+        """(B, O) of a stored pair; (B,) of an image that rain is drawn on."""
+        settings, patch, drawn_on = self.settings, self.settings.patch_size, path in self.drawn_on
+        alone = drawn_on and settings.clean_dir
+        images = (to_bgr8(read_image(path)),) if alone else read_pair(path)
         height, width = images[0].shape[:2]
         if min(height, width) < patch:
-            size = f"{width}x{height}" if settings.clean_dir else f"a pair of {width}x{height} images"
+            size = f"{width}x{height}" if alone else f"a pair of {width}x{height} images"
             raise UserError(
                 f"{path} is {size}, smaller than the patch of {patch}x{patch}: remove it or lower --patch_size"
             )
         # Copied out of the joined image: a clean half alone must not keep the rainy one in memory.
-        return tuple(np.ascontiguousarray(image) for image in images[: 1 if settings.rain else 2])
+        return tuple(np.ascontiguousarray(image) for image in images[: 1 if drawn_on else 2])
 
     def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
         """The crops (O, B), each (3, patch, patch) uint8."""
         settings, count = self.settings, len(self.paths)
         epoch, position = divmod(sample, count)
-        index = int(_order(settings.seed, epoch, count)[position])
-        images = self.kept[index] if index in self.kept else self._read(self.paths[index])
+        path = self.paths[int(_order(settings.seed, epoch, count)[position])]
+        images = self.kept[path] if path in self.kept else self._read(path)
         rng = np.random.default_rng((settings.seed, *divmod(sample, settings.batch_size)))
         B, *stored = random_crop(images, settings.patch_size, settings.aug_data, rng)
         # Drawn behind the turning, so that rain leans as the style says.
-        O = add_rain(B, STYLES[settings.rain], rng) if settings.rain else stored[0]
+        O = stored[0] if stored else add_rain(B, STYLES[settings.rain], rng)
         return to_tensor(O), to_tensor(B)
 
 

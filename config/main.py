@@ -2,6 +2,7 @@
 
     python main.py -a train -p sdsen --data_dir DATA
     python main.py -a test -p sdsen
+    python main.py -a export -m sdsen
     python main.py -a models
     python main.py -a tables --run dsen_rain800
     python main.py -a tilt -m cnn dsen
@@ -11,6 +12,7 @@
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -65,6 +67,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (R, O, B
     "l1": lambda R, O, B: F.l1_loss(R, O - B),
     "charbonnier": lambda R, O, B: ((R - O + B).square() + CHARBONNIER**2).sqrt().mean(),
     "ssim": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean(),
+    "ssim_l1": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean() + F.l1_loss(R, O - B),
 }
 COMPILE_STEPS = 10000  # left in a run that torch.compile, which takes a minute or more at first, is taken for
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
@@ -208,6 +211,9 @@ class Trainer:
         log.info(f"validation on {count} of the {len(paths)} whole pairs in {folder / 'val'}, the same ones every time")
 
     def _resume(self, start: Checkpoint, source: Path) -> None:
+        if start.optimizer is None:
+            log.info(f"begins with the weights of {source}")
+            return
         self.step, self.best_psnr, self.seconds = start.step, start.best_psnr, start.seconds
         if start.optimizer:
             for group in start.optimizer.get("param_groups", []):
@@ -457,6 +463,9 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
     source, start = ranks.from_first(lambda: _find_start(settings, latest, name))
     if start and start.settings:
         old = start.settings
+        if start.optimizer is None:  # weights alone: a new training begins, which takes nothing but the network
+            network = {field: getattr(old, field) for field in knobs.NETWORK}
+            old = knobs.replace(knobs.resolve(preset or "sdsen"), network)
         settings = knobs.replace(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
         wanted = knobs.resolve(preset, overrides) if preset else settings
         changed = [n for n in knobs.FIELDS if getattr(settings, n) != getattr(old, n)]
@@ -533,7 +542,20 @@ def _stages(settings: Settings) -> list[str]:
     return [f"stage_{t}" for t in range(1, settings.stage_num + 1)]
 
 
-# ---------------------------------------------------------------- models
+# ---------------------------------------------------------------- export, models
+
+
+def export(name: str, overrides: dict[str, Any]) -> None:
+    """`-a export`: what using a trained network takes, as one small file in model_dir that `-m` takes by its name."""
+    settings = knobs.resolve(overrides=overrides)
+    source = checkpoints.find(name, Path(settings.model_dir))
+    own = source.stem if source.parent == Path(settings.model_dir) else source.parent.name
+    path = Path(settings.model_dir) / f"{overrides.get('run', own)}.pth"
+    if path.is_file() and not overrides.get("run"):
+        raise UserError(f"{path} is there already: name another with --run, or this one to replace it")
+    step = checkpoints.export(source, path).step
+    data = path.read_bytes()
+    log.info(f"{source} (step {step}): {len(data) / 1000:.0f} kB\n{hashlib.sha256(data).hexdigest()}  {path.name}")
 
 
 def models() -> None:
@@ -549,7 +571,7 @@ def models() -> None:
 
 def main(arguments: list[str]) -> int:
     parser = knobs.make_parser("Train, test and list the networks of S-DSEN.")
-    actions = ["train", "test", "models", "tables", "tilt", "stages"]
+    actions = ["train", "test", "export", "models", "tables", "tilt", "stages"]
     parser.add_argument("-a", "--action", required=True, choices=actions)
     parser.add_argument("-p", "--preset", help="a network of the paper: see -a models; default sdsen")
     parser.add_argument(
@@ -569,11 +591,14 @@ def main(arguments: list[str]) -> int:
         models()
         return 0
     names = known.model or []
-    if known.action in ("tilt", "stages") and (known.preset or not names):
+    if known.action in ("export", "tilt", "stages") and (known.preset or not names):
         raise UserError(f"-a {known.action} is about checkpoints: name them with -m, without -p")
     if known.action != "tilt" and len(names) > 1:
         raise UserError(f"-m takes one checkpoint, got {' '.join(names)}")
     name = names[0] if names else None
+    if known.action == "export":
+        export(name, overrides)
+        return 0
     with ranks.joined():
         if known.action == "train":
             train(known.preset, name, overrides)

@@ -10,7 +10,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Settings:
     clean_dir: str = knob(
         "", "folder of clean images that rain is drawn on; empty: the clean halves in data_dir/train", path=True
     )
+    more_data: tuple[str, ...] = knob((), "further folders of joined pairs that are trained on", path=True)
+    exclude: tuple[str, ...] = knob(
+        (), "folders of joined pairs, such as test sets, whose backgrounds are not trained on", path=True
+    )
     aug_data: str = knob(
         "none",
         "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA), left to right",
@@ -78,8 +82,9 @@ class Settings:
     clip_norm: float = knob(0.0, "largest norm of a gradient, longer ones are shortened; 0: off (paper)", minimum=0)
     loss: str = knob(
         "mse",
-        "mse, l1 or charbonnier of R_t against O - B; ssim is 1 - SSIM of O - R_t against B (paper: mse)",
-        choices=("mse", "l1", "charbonnier", "ssim"),
+        "mse, l1 or charbonnier of R_t against O - B; ssim is 1 - SSIM of O - R_t against B; ssim_l1 their sum (paper: "
+        "mse)",
+        choices=("mse", "l1", "charbonnier", "ssim", "ssim_l1"),
     )
     loss_stages: str = knob("all", "stages whose losses are summed (paper: all)", choices=("all", "last"))
     grow: tuple[int, ...] = knob(
@@ -149,18 +154,15 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
             raise UserError(f"unknown setting {name!r}{_nearest(name, FIELDS)}")
         _check_value(name, value)
     settings = dataclasses.replace(settings, **overrides)
-    paths = {
-        name: str(ROOT / value)
-        for name, field in FIELDS.items()
-        if field.metadata["path"] and (value := getattr(settings, name))
-    }
-    settings = dataclasses.replace(settings, **paths)
+    settings = dataclasses.replace(settings, **map_paths(settings, lambda path: str(ROOT / path)))
     if settings.group == "z2" and settings.aggregation != "conv":
         raise UserError("aggregation max and mean pool orientations, which ordinary convolutions (group z2) lack")
     if settings.clean_dir and not settings.rain:
         raise UserError("clean_dir is for images that rain is drawn on: name its style with --rain")
-    if settings.loss == "ssim" and settings.patch_size < 11:
-        raise UserError(f"loss ssim needs crops of at least 11x11, the size of its window, got {settings.patch_size}")
+    if settings.loss.startswith("ssim") and settings.patch_size < 11:
+        raise UserError(
+            f"loss {settings.loss} needs crops of at least 11x11, the size of its window, got {settings.patch_size}"
+        )
     for name in ("milestones", "grow"):
         steps = getattr(settings, name)
         if list(steps) != sorted(set(steps)) or min(steps, default=1) < 1:
@@ -174,13 +176,22 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
     return settings
 
 
+def map_paths(settings: Settings, function: Callable[[str], str]) -> dict[str, Any]:
+    """The settings that are paths, with `function` of each path; those that are empty stay so."""
+    values = {name: getattr(settings, name) for name, field in FIELDS.items() if field.metadata["path"]}
+    return {
+        name: tuple(map(function, value)) if isinstance(value, tuple) else value and function(value)
+        for name, value in values.items()
+    }
+
+
 def to_dict(settings: Settings) -> dict[str, Any]:
     """The settings as a checkpoint stores them: paths in the repository are relative to it, so that it can move."""
-    values = dataclasses.asdict(settings)
-    for name, field in FIELDS.items():
-        if field.metadata["path"] and values[name] and Path(values[name]).is_relative_to(ROOT):
-            values[name] = Path(values[name]).relative_to(ROOT).as_posix()
-    return values
+
+    def in_root(path: str) -> str:
+        return Path(path).relative_to(ROOT).as_posix() if Path(path).is_relative_to(ROOT) else path
+
+    return {**dataclasses.asdict(settings), **map_paths(settings, in_root)}
 
 
 def from_dict(values: dict[str, Any]) -> Settings:
@@ -198,21 +209,25 @@ def parse(text: list[str], name: str) -> Any:
     """The value of setting `name` from its words on the command line. Raises UserError on a wrong type."""
     if name not in FIELDS:
         raise UserError(f"unknown setting --{name}{_nearest(name, FIELDS, '--')}")
-    kind = TYPES[name]
+    kind, is_path = TYPES[name], FIELDS[name].metadata["path"]
     try:
         if typing.get_origin(kind) is tuple:
-            return tuple(int(word) for word in text)
+            return tuple(map(_absolute if is_path else int, filter(None, text)))
         (word,) = text
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[word.lower()]
-        if FIELDS[name].metadata["path"] and word:
-            return os.path.abspath(Path(word).expanduser())
+        if is_path and word:
+            return _absolute(word)
         return kind(word)
     except (ValueError, KeyError):
         wanted = {bool: "true or false", int: "one whole number", float: "one number", str: "one word"}
         raise UserError(
             f"--{name} takes {wanted.get(kind, 'whole numbers')}, got {' '.join(text) or 'nothing'!r}"
         ) from None
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())
 
 
 def read_overrides(words: list[str]) -> dict[str, Any]:
@@ -252,8 +267,8 @@ def _check_value(name: str, value: Any) -> None:
         value = float(value)
     if type(value) is not expected:
         raise UserError(f"{name} must be of type {expected.__name__}, got {value!r}")
-    if expected is tuple and any(type(item) is not int for item in value):
-        raise UserError(f"{name} must be whole numbers, got {value!r}")
+    if expected is tuple and any(type(item) is not typing.get_args(kind)[0] for item in value):
+        raise UserError(f"{name} must be {'paths' if metadata['path'] else 'whole numbers'}, got {value!r}")
     if metadata["choices"] and value not in (FIELDS[name].default, *metadata["choices"]):
         raise UserError(f"{name} can't be {value!r}{_nearest(value, metadata['choices'])}")
     if metadata["minimum"] is not None and not metadata["minimum"] <= value < float("inf"):

@@ -39,6 +39,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     # For a CPU: an eightieth of the crops, in batches of eight or of four.
     "short": {"steps": 2000, "batch_size": 8, "lr": 1e-3, "milestones": (1500, 1750), "clip_norm": 0.1},
     "small": {"steps": 4000, "batch_size": 4, "lr": 1e-3, "milestones": (3000, 3700), "clip_norm": 0.1},
+    # Beyond the paper: what helped (results/tried.json), in the paper's number of steps.
+    "best": {
+        "batch_size": 16,
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup": 500,
+        "clip_norm": 1.0,
+        "loss": "ssim_l1",
+        "aug_data": "flip",
+        "average": 0.999,
+        "grow": (10000, 15000),
+    },
 }
 # What a recipe fixes. A run that was begun with other values is another run.
 RECIPE = (
@@ -86,7 +98,13 @@ class Row(NamedTuple):
     def settings(self, overrides: dict[str, Any]) -> knobs.Settings:
         """The settings of the row's training, with what was typed besides."""
         row = {"run": self.name, "data_dir": str(ROOT / "data" / self.data), "seed": self.seed}
-        return knobs.resolve(self.preset, {**row, **RECIPES[self.recipe], **overrides})
+        settings = {**row, **RECIPES[self.recipe], **overrides}
+        stages = knobs.resolve(self.preset).stage_num
+        if "grow" not in overrides:  # only as often as the number of stages can be halved
+            settings["grow"] = tuple(
+                step for k, step in enumerate(reversed(settings.get("grow", ())), 1) if stages % 2**k == 0
+            )[::-1]
+        return knobs.resolve(self.preset, settings)
 
     @property
     def paper(self) -> tuple[float, float]:
@@ -153,7 +171,7 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
         "train_rain": settings.rain or (drawn.read_text().strip() if drawn.is_file() else "as in the data set"),
         "test_images": len(images),
         "test": scores,
-        "validation": _validation_curve((settings.log_path / "train.log").read_text()),
+        "validation": validation_curve((settings.log_path / "train.log").read_text()),
         "settings": _portable(settings),
     }
     studies.write_json(RESULTS / f"{row.name}.json", result)
@@ -162,9 +180,7 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
 
 def _portable(settings: knobs.Settings) -> dict[str, Any]:
     """The settings, of paths the last part alone: where a folder lies says something of one machine only."""
-    values = knobs.to_dict(settings)
-    paths = {name: Path(value).name for name, value in values.items() if knobs.FIELDS[name].metadata["path"]}
-    return {**values, **paths}
+    return {**knobs.to_dict(settings), **knobs.map_paths(settings, lambda path: Path(path).name)}
 
 
 def _mean(values: Iterator[float]) -> float:
@@ -172,7 +188,7 @@ def _mean(values: Iterator[float]) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def _validation_curve(text: str) -> list[list[float]]:
+def validation_curve(text: str) -> list[list[float]]:
     """[step, PSNR in dB, SSIM] of a train.log; of a step that was done twice, after a kill, the last."""
     pattern = r"validation at step (\d+): psnr by stage .*?([\d.]+) dB .*?ssim ([\d.]+)"
     found = {int(step): [int(step), float(psnr), float(ssim)] for step, psnr, ssim in re.findall(pattern, text)}
@@ -352,7 +368,7 @@ def markdown() -> str:
                         "| " + " | ".join([*start, "no run yet", "", paper, "", "", "", f"`{row.name}`"]) + " |"
                     )
         text.append("")
-    return "\n".join([*text, *_studies()])
+    return "\n".join([*text, *_tried(), *_studies()])
 
 
 def _studies() -> Iterator[str]:
@@ -373,6 +389,20 @@ def _studies() -> Iterator[str]:
             f"{studies.stages_markdown(result)}\n\n"
             f"`python config/main.py -a stages -m {result['run']}`\n"
         )
+
+
+def _tried() -> Iterator[str]:
+    """What bench/recipe.py left."""
+    tried = read_result("tried")
+    if not tried:
+        return
+    common = next(iter(tried.values()))["common"]
+    yield f"**Tried for the recipe `best`**: from the same weights, `{common}` and\n"
+    yield "| trial | differently | steps | validation PSNR | SSIM |\n|---|---|---|---|---|"
+    for name, result in tried.items():
+        words = f"`{result['differences']}`" if result["differences"] else ""
+        yield f"| {name} | {words} | {result['step']} | {result['psnr']:.2f} | {result['ssim']:.4f} |"
+    yield f"\nOn {result['data']}'s validation pairs.\n"
 
 
 def _cells(result: dict[str, Any], paper: str) -> list[str]:

@@ -10,8 +10,8 @@ import torch
 import checkpoint as checkpoints
 import model
 from checkpoint import Checkpoint
-from common import UserError
-from settings import resolve
+from common import ROOT, UserError
+from settings import replace, resolve
 
 SETTINGS = resolve("dsen", {"channel": 2, "depth": 4, "run": "tiny"})
 
@@ -111,15 +111,36 @@ def test_published_checkpoint(tmp_path):
     checkpoints.load_weights(model.build(SETTINGS), read, tmp_path / "latest")
 
 
+def test_export_is_the_network_and_its_settings_alone(tmp_path):
+    trained = make()
+    trained.average = {name: value + 1 for name, value in trained.network.items()}
+    folders = {"data_dir": "/elsewhere", "exclude": ("/elsewhere", str(ROOT / "data" / "test")), "grow": (3,)}
+    trained.settings, trained.stages = replace(SETTINGS, {**folders, "stage_num": 4}), 2
+    checkpoints.save(tmp_path / "run" / "latest.pth", trained)
+    checkpoints.export(tmp_path / "run" / "latest.pth", tmp_path / "small.pth")
+    values = torch.load(tmp_path / "small.pth", weights_only=True)
+    assert [values[name] for name in ("optimizer", "random", "average", "device")] == [None, None, None, ""]
+    assert b"elsewhere" not in (tmp_path / "small.pth").read_bytes()
+    read = checkpoints.load(tmp_path / "small.pth")
+    assert (read.step, read.settings.run, read.settings.stage_num, read.settings.grow) == (7, "small", 2, ())
+    assert (read.settings.data_dir, read.settings.exclude) == ("", (str(ROOT / "data" / "test"),))
+    for name, value in trained.average.items():
+        assert torch.equal(read.network[name], value)
+    torch.save({"net": trained.network, "clock": 1}, tmp_path / "published")
+    with pytest.raises(UserError, match="holds no settings"):
+        checkpoints.export(tmp_path / "published", tmp_path / "x.pth")
+
+
 def test_find(tmp_path, monkeypatch):
-    for name in ("a/latest.pth", "a/best.pth", "a/step_5.pth", "b/latest.pth", "shipped.pth"):
+    for name in ("a/latest.pth", "a/best.pth", "a/step_5.pth", "b/latest.pth", "shipped.pth", "b.pth"):
         checkpoints.save(tmp_path / name, make())
 
     def found(name):
         return str(checkpoints.find(name, tmp_path).relative_to(tmp_path))
 
     assert found("a") == "a/best.pth"
-    assert found("b") == "b/latest.pth"
+    assert found("b") == "b/latest.pth"  # a run of one's own, not shipped weights of its name
+    assert found("b.pth") == "b.pth"
     assert found("a/latest") == "a/latest.pth"
     assert found("a/step_5.pth") == "a/step_5.pth"
     assert found("shipped") == "shipped.pth"
@@ -128,6 +149,6 @@ def test_find(tmp_path, monkeypatch):
     assert checkpoints.find("step_5.pth", tmp_path).samefile(tmp_path / "a" / "step_5.pth")
     with pytest.raises(UserError) as error:
         checkpoints.find("c", tmp_path)
-    assert str(error.value).endswith("there are a/best, a/latest, a/step_5, b/latest, shipped")
+    assert str(error.value).endswith("there are a/best, a/latest, a/step_5, b, b/latest, shipped")
     with pytest.raises(UserError, match="there is none"):
         checkpoints.find("c", tmp_path / "empty")

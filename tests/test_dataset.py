@@ -48,6 +48,41 @@ def test_batches_do_not_depend_on_the_workers(data_dir, aug_data, style):
     assert same(batches(data_dir, **values), batches(data_dir, **values, num_workers=2))
 
 
+def test_more_data_are_trained_on_as_they_are_stored(data_dir, tmp_path):
+    """Beside images that rain is drawn on."""
+    (tmp_path / "more").mkdir()
+    B, O = make_pair(40, 48, seed=70)
+    cv2.imwrite(str(tmp_path / "more" / "far.png"), np.hstack([B, O]))
+    with_more = dataset(data_dir, more_data=(str(tmp_path / "more"),), rain="rain100h", patch_size=40)
+    names = [path.name for path in with_more.paths]
+    assert names == [*(path.name for path in list_pairs(data_dir / "train")), "far.png"]
+    where = list(data._order(SETTINGS.seed, 0, len(names))).index(names.index("far.png"))
+    rainy, clean = with_more[where]
+    crops = [(to_tensor(O[:, x : x + 40]), to_tensor(B[:, x : x + 40])) for x in range(48 - 40 + 1)]
+    assert any(torch.equal(rainy, crop[0]) and torch.equal(clean, crop[1]) for crop in crops)
+
+
+def test_excluded_backgrounds_are_not_trained_on(data_dir, tmp_path):
+    """Neither the same pair nor another rendering of its background, nor that background as a clean image."""
+    paths = list_pairs(data_dir / "train")
+    (tmp_path / "test").mkdir()
+    joined = cv2.imread(str(paths[1]))
+    width = joined.shape[1] // 2
+    joined[:, width:] = joined[:, width:] // 2  # other rain
+    cv2.imwrite(str(tmp_path / "test" / "other_name.png"), joined)
+    values = {"exclude": (str(tmp_path / "test"),)}
+    assert dataset(data_dir, **values).paths == [path for path in paths if path != paths[1]]
+    assert paths[1] not in dataset(data_dir, **values, cache_gib=0.0).paths
+    assert len(batches(data_dir, **values)) == SETTINGS.steps
+    (tmp_path / "clean").mkdir()
+    for path in paths:
+        cv2.imwrite(str(tmp_path / "clean" / path.name), cv2.imread(str(path))[:, :width])
+    drawn = dataset(data_dir, **values, rain="rain100h", clean_dir=str(tmp_path / "clean"))
+    assert [path.name for path in drawn.paths] == [path.name for path in paths if path != paths[1]]
+    with pytest.raises(UserError, match="all 5 training images show"):
+        dataset(data_dir, exclude=(str(data_dir / "train"),))
+
+
 @pytest.mark.parametrize("style", ["", "rain100h"])
 @pytest.mark.parametrize(("batch_size", "counts"), [(4, (2, 2)), (5, (2, 3)), (5, (1, 2, 2)), (3, (1, 1, 1))])
 def test_the_ranks_parts_are_the_whole_batch(data_dir, monkeypatch, style, batch_size, counts):

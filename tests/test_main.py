@@ -1,6 +1,7 @@
 """The loops: learning, resuming bit for bit, interruption, scores, and one clear line for bad input."""
 
 import csv
+import hashlib
 import shutil
 import signal
 import subprocess
@@ -220,6 +221,25 @@ def test_published_checkpoint_goes_on(places, tmp_path):
     assert [(step, round(value, 7)) for step, value in curves["train/lr"]] == [(1235, 1e-3), (1236, 1e-4)]
     assert read(tmp_path, "latest").step == 1236
     assert read(tmp_path, "latest").optimizer["state"][0]["step"] == 3
+
+
+def test_export_makes_a_file_that_test_and_training_take_by_its_name(places, tmp_path, capsys):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", "2", "--average", "0.5", "--run", "mine")
+    call("-a", "export", "-m", "mine/latest", *places[:2], "--run", "small")
+    data = (tmp_path / "model_dir" / "small.pth").read_bytes()
+    assert f"{hashlib.sha256(data).hexdigest()}  small.pth" in capsys.readouterr().out
+    call("-a", "test", "-m", "mine/latest", *places)
+    call("-a", "test", "-m", "small", *places)
+    scores = [read_csv(tmp_path / "log_dir" / name) for name in ("mine/test_latest.csv", "test_small.csv")]
+    assert scores[0] == scores[1]
+    # Its weights alone begin another training: of the old one only the network stays.
+    call("-a", "train", "-m", "small", "--run", "tuned", *places, *LONG, "--patch_size", 16, "--steps", 1, "--lr", 0)
+    tuned = read(tmp_path, "latest", "tuned")
+    assert (tuned.step, tuned.settings.average, tuned.settings.channel) == (1, 0.0, 2)
+    weights = read(tmp_path, "latest", "mine").average
+    assert all(torch.equal(tuned.network[name], weights[name]) for name in weights)
+    with pytest.raises(UserError, match="is there already"):
+        call("-a", "export", "-m", "small", *places[:2])
 
 
 def test_a_training_of_a_gpu_goes_on_here(places, tmp_path):

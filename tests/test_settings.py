@@ -1,5 +1,7 @@
 """Settings: the order of defaults, preset and overrides, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 import rain
@@ -46,6 +48,8 @@ def test_overrides_are_typed():
         "log_level": "debug",
     }
     assert read_overrides(["--milestones"]) == {"milestones": ()}
+    folders = (str(Path.cwd() / "a"), "/b")  # typed paths start at the caller's working directory
+    assert read_overrides("--more_data a /b --exclude=".split()) == {"more_data": folders, "exclude": ()}
     assert read_overrides("--lr 1 --steps 2 --lr 3".split()) == {"lr": 3.0, "steps": 2}
 
 
@@ -83,6 +87,8 @@ def test_words_that_are_refused(words, message):
         ({"milestones": (5, 3)}, "milestones must be rising"),
         ({"milestones": (0, 3)}, "milestones must be rising"),
         ({"milestones": ("3",)}, "milestones must be whole numbers"),
+        ({"more_data": "folder"}, "more_data must be of type tuple"),
+        ({"more_data": (3,)}, "more_data must be paths"),
         ({"group": "z2", "aggregation": "max"}, "aggregation max and mean"),
         ({"loss": "ssim", "patch_size": 10}, "loss ssim needs crops of at least 11x11"),
         ({"run": "../out"}, "run is the name of a folder"),
@@ -115,12 +121,13 @@ def test_unknown_preset_names_the_nearest():
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_survive_a_checkpoint(name):
     folders = {"data_dir": str(ROOT / "data" / "rain800"), "clean_dir": str(ROOT / "data" / "clean")}
+    folders |= {"more_data": (str(ROOT / "data" / "more"), "/far"), "exclude": (str(ROOT / "data" / "test"),)}
     settings = resolve(name, {"milestones": (4,), "rain": "rain800", **folders, "log_dir": "/elsewhere"})
     values = to_dict(settings)
     assert from_dict(values) == settings
     assert from_dict({**values, "milestones": [4], "of_the_future": 1}) == settings
     assert (values["data_dir"], values["model_dir"], values["log_dir"]) == ("data/rain800", "models", "/elsewhere")
-    assert values["clean_dir"] == "data/clean"
+    assert (values["clean_dir"], values["more_data"]) == ("data/clean", ("data/more", "/far"))
 
 
 def test_every_knob_says_what_it_is():

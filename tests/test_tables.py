@@ -249,12 +249,12 @@ def test_the_readme_holds_what_the_results_say():
     assert tables.markdown() in text
 
 
-def test_validation_curve_takes_the_last_of_a_step():
+def testvalidation_curve_takes_the_last_of_a_step():
     line = "2026 validation at step {}: psnr by stage {} dB (input 20.00), ssim {}, 3.0 s"
     text = "\n".join(
         line.format(*values) for values in ((500, "20.00, 21.50", 0.7), (1000, "22.25", 0.75), (500, "21.00", 0.71))
     )
-    assert tables._validation_curve(text) == [[500, 21.0, 0.71], [1000, 22.25, 0.75]]
+    assert tables.validation_curve(text) == [[500, 21.0, 0.71], [1000, 22.25, 0.75]]
 
 
 def test_defaults_are_full_rows():
