@@ -8,7 +8,7 @@
 The product computes in its device's default precision: float32 on the CPU, bf16 on a CUDA GPU. The reference computes
 in float32, on a GPU without TF32.
 
-FLOPs are nominal: those of the plain algorithm, two for each of `model.macs_per_pixel`, and a training step counts as
+FLOPs are nominal: those of the plain algorithm, two for each of `Network.macs_per_pixel`, and a training step counts as
 three forwards. The product does fewer multiplications, so its share of the limit may exceed 100 %. The limits are
 measured in the same run: the best rates of a large float32 matrix product and of a large copy. Peak memory is measured
 in a fresh process for each side and kind, and is what one run adds to the interpreter with its imports and network.
@@ -196,7 +196,7 @@ def measure(
     network = model.build(settings)
     pixels = size[0] * size[1] ** 2 if kind == "training" else math.prod(size)
     forwards = 3 if kind == "training" else 1
-    numbers["nominal_gflop"] = 2e-9 * forwards * pixels * model.macs_per_pixel(network)
+    numbers["nominal_gflop"] = 2e-9 * forwards * pixels * network.macs_per_pixel()
     numbers["nominal_gb"] = 1e-9 * forwards * pixels * traffic_per_pixel(network)
     numbers["speedup"] = numbers["reference"]["median"] / numbers["product"]["median"]
     plain, product = first.values()

@@ -33,6 +33,7 @@ class Checkpoint:
     device: str = ""  # that it was on in the last one
     average: dict[str, torch.Tensor] | None = None  # moving average of the network's weights
     stages: int = 0  # that were trained so far; 0: all of the settings'
+    criterion: dict[str, torch.Tensor] | None = None  # what the loss has learnt beside the network
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -63,7 +64,8 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path} is no checkpoint of this program")
     if values["format"] > FORMAT:
         raise UserError(f"{path} was written by a newer version of this program: update it")
-    values = {key: value for key, value in values.items() if key != "format"}
+    known = {field.name for field in dataclasses.fields(Checkpoint)}  # a later version may add others
+    values = {key: value for key, value in values.items() if key in known}
     values["settings"] = values["settings"] and knobs.from_dict(values["settings"])
     return Checkpoint(**values)
 

@@ -12,6 +12,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from devices import without_autocast
+from network import Network
+
 SLOPE = 0.2  # of every LeakyReLU, sections III-C and IV-A
 
 
@@ -30,12 +33,12 @@ class DCDCB(nn.Module):
     Where it is not `dense`, each layer gets the one before it alone, and the last layer is the block's output.
     """
 
-    def __init__(self, channel: int, layer_num: int, dilated: bool, dense: bool):
+    def __init__(self, channel: int, depth: int, dilated: bool, dense: bool):
         super().__init__()
         self.dense = dense
         self.joins, self.layers = nn.ModuleList(), nn.ModuleList()
         self.halo = 0
-        for l in range(1, layer_num + 1):
+        for l in range(1, depth + 1):
             # A concatenation of one tensor, z_0, needs no fusion.
             is_join = dense and l > 1
             self.joins.append(nn.Conv2d(l * channel, channel, 1, bias=False) if is_join else nn.Identity())
@@ -44,7 +47,7 @@ class DCDCB(nn.Module):
             self.halo += dilation
         self.fusion = nn.Identity()
         if dense:
-            self.fusion = nn.Sequential(nn.Conv2d((layer_num + 1) * channel, channel, 1), _activation())
+            self.fusion = nn.Sequential(nn.Conv2d((depth + 1) * channel, channel, 1), _activation())
 
     def forward(self, X: Tensor) -> Tensor:
         joined = X  # Cat[z_{l-1}, ..., z_0] of equation 3, (N, l * C, H, W)
@@ -54,12 +57,12 @@ class DCDCB(nn.Module):
         return self.fusion(joined)  # equation 4
 
 
-class Coarse2Fine(nn.Module):
+class Coarse2Fine(Network):
     """Coarse-to-fine network, with every variant of the paper's ablations.
 
     Args:
         channel: channels of every layer between an image and the next one (16).
-        layer_num: dilated layers in the block of a stage (4).
+        depth: dilated layers in the block of a stage (4).
         stage_num: stages (12), with the same weights but for the fusion of the images before each.
         dilated: dilate layer l by 2^(l-1); otherwise by 1 (No-dilation).
         inner_dense: dense connections within the block; otherwise a chain of its layers (No-inner-dense).
@@ -70,7 +73,7 @@ class Coarse2Fine(nn.Module):
     def __init__(
         self,
         channel: int = 16,
-        layer_num: int = 4,
+        depth: int = 4,
         stage_num: int = 12,
         dilated: bool = True,
         inner_dense: bool = True,
@@ -84,7 +87,7 @@ class Coarse2Fine(nn.Module):
         self.fusions = nn.ModuleList(
             nn.Conv2d(3 * t, 3, 1) if outer_dense and t > 1 else nn.Identity() for t in range(1, stage_num + 1)
         )
-        block = DCDCB(channel, layer_num, dilated, inner_dense)
+        block = DCDCB(channel, depth, dilated, inner_dense)
         self.stage = nn.Sequential(  # a fused image to its rain layer, equation 2; no activation behind r_st
             OrderedDict(
                 f_st=nn.Sequential(_convolution(3, channel), _activation()),
@@ -92,6 +95,7 @@ class Coarse2Fine(nn.Module):
                 r_st=_convolution(channel, 3, bias=False),
             )
         )
+        self.pixel_bytes = 24 * channel * (depth + 1)  # measured: up to 1430 of the published network
         self.halo = stage_num * (1 + block.halo + 1)  # pixels around one that its last output depends on
         if refined:
             self.refinement = nn.Sequential(  # equation 5, from image to image, not to a rain layer
@@ -115,10 +119,16 @@ class Coarse2Fine(nn.Module):
         if not 1 <= output_num <= self.output_num:
             raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
         rain_layers, images = [], O  # Cat[O_{t-1}, ..., O_0] of equation 2, (N, 3 * t, H, W)
+        block = self.repeated(self.stage.block)
         for fusion in self.fusions[:output_num]:
-            R = self.stage(fusion(images))
+            with without_autocast(O):
+                x = self.stage.f_st(fusion(images))
+            x = block(x).to(O.dtype)
+            with without_autocast(O):
+                R = self.stage.r_st(x)
             rain_layers.append(R)
             images = torch.cat([O - R, images], 1) if self.outer_dense else O - R
         if output_num > len(rain_layers):
-            rain_layers.append(O - self.refinement(O - R))
+            with without_autocast(O):
+                rain_layers.append(O - self.refinement(O - R))
         return rain_layers

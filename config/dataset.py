@@ -21,10 +21,14 @@ import ranks
 from backgrounds import find_twins, thumbnail
 from common import ROOT, UserError, in_terminal, log
 from image_io import list_images, read_image, read_pair, to_bgr8
+from php import CLASSES
 from rain import STYLES, add_rain
 from settings import Settings
 
-Images = tuple[np.ndarray, ...]  # B and O, or B alone where rain is drawn on it; each (H, W, 3) uint8
+Images = tuple[np.ndarray, ...]  # B, then O unless rain is drawn on it, (H, W, 3) uint8, then labels (H, W) if any
+LABELS = "label"  # folder of them beside the pairs
+UNLABELLED = 255
+SCALES = (0.7, 1.4)  # of aug_data "scale"
 TURNS = 30.0  # degrees to either side for aug_data "rotate", section 3.2
 
 
@@ -81,6 +85,7 @@ class CropDataset(Dataset):
         first = list_clean(Path(settings.clean_dir)) if settings.clean_dir else list_pairs(folder)
         self.paths = first + [path for more in settings.more_data for path in list_pairs(Path(more))]
         self.drawn_on = set(first if settings.rain else ())
+        self.labelled = settings.loss == "php" and any((path.parent / LABELS).is_dir() for path in self.paths)
         self.kept: dict[Path, Images] = {}
         excluded = {
             str(path): thumbnail(read_pair(path)[0]) for other in settings.exclude for path in list_pairs(Path(other))
@@ -111,7 +116,7 @@ class CropDataset(Dataset):
         log.info(f"{what} and are left out")
 
     def _read(self, path: Path) -> Images:
-        """(B, O) of a stored pair; (B,) of an image that rain is drawn on."""
+        """(B, O) of a stored pair; (B,) of an image that rain is drawn on; with its labels, if these are trained on."""
         settings, patch, drawn_on = self.settings, self.settings.patch_size, path in self.drawn_on
         alone = drawn_on and settings.clean_dir
         images = (to_bgr8(read_image(path)),) if alone else read_pair(path)
@@ -122,19 +127,21 @@ class CropDataset(Dataset):
                 f"{path} is {size}, smaller than the patch of {patch}x{patch}: remove it or lower --patch_size"
             )
         # Copied out of the joined image: a clean half alone must not keep the rainy one in memory.
-        return tuple(np.ascontiguousarray(image) for image in images[: 1 if drawn_on else 2])
+        images = tuple(np.ascontiguousarray(image) for image in images[: 1 if drawn_on else 2])
+        return (*images, read_labels(path, images[0].shape[:2])) if self.labelled else images
 
-    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
-        """The crops (O, B), each (3, patch, patch) uint8."""
+    def __getitem__(self, sample: int) -> tuple[Tensor, ...]:
+        """The crops (O, B), each (3, patch, patch) uint8; with labels, these behind, (patch, patch) int64."""
         settings, count = self.settings, len(self.paths)
         epoch, position = divmod(sample, count)
         path = self.paths[int(_order(settings.seed, epoch, count)[position])]
         images = self.kept[path] if path in self.kept else self._read(path)
         rng = np.random.default_rng((settings.seed, *divmod(sample, settings.batch_size)))
-        B, *stored = random_crop(images, settings.patch_size, settings.aug_data, rng)
+        B, *others = random_crop(images, settings.patch_size, settings.aug_data, rng)
+        labels = [torch.from_numpy(others.pop().astype(np.int64))] if self.labelled else []
         # Drawn behind the turning, so that rain leans as the style says.
-        O = stored[0] if stored else add_rain(B, STYLES[settings.rain], rng)
-        return to_tensor(O), to_tensor(B)
+        O = others[0] if others else add_rain(B, STYLES[settings.rain], rng)
+        return to_tensor(O), to_tensor(B), *labels
 
 
 @lru_cache(maxsize=2)
@@ -151,6 +158,10 @@ def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Genera
     height, width = images[0].shape[:2]
     if aug_data == "rotate":
         return _turned_crop(images, patch, rng)
+    if aug_data == "scale":
+        if rng.integers(2):
+            images = tuple(image[:, ::-1] for image in images)
+        return _turned_crop(images, patch, rng, rng.uniform(*SCALES))
     top = rng.integers(height - patch + 1)
     left = rng.integers(width - patch + 1)
     turns = rng.integers(4) if aug_data == "quarter_turns" else 0
@@ -159,28 +170,53 @@ def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Genera
     return tuple(np.ascontiguousarray(crop) for crop in crops)
 
 
-def _turned_crop(images: Images, patch: int, rng: np.random.Generator) -> Images:
-    """The crop of the image turned by -30..30 degrees, sampled at once: only the pixels of the crop are computed."""
+def _turned_crop(images: Images, patch: int, rng: np.random.Generator, scale: float = 1.0) -> Images:
+    """The crop of the image turned by -30..30 degrees, `scale` times as large.
+
+    Sampled at once: only the pixels of the crop are computed.
+    """
     height, width = images[0].shape[:2]
     angle = np.deg2rad(rng.uniform(-TURNS, TURNS))
-    reach = _reach(angle, patch)
-    while 2 * reach > min(height, width) - 1:  # too small an image for this angle
-        angle = angle / 2 if abs(angle) > 1e-3 else 0.0
-        reach = _reach(angle, patch)
+    reach = _reach(angle, patch) / scale
+    while 2 * reach > min(height, width) - 1:  # too small an image for this scale, or this angle
+        if scale < 1:
+            scale = min(1.0, 1.1 * scale)
+        else:
+            angle = angle / 2 if abs(angle) > 1e-3 else 0.0
+        reach = _reach(angle, patch) / scale
     x = rng.uniform(reach, width - 1 - reach)
     y = rng.uniform(reach, height - 1 - reach)
-    cos, sin, middle = np.cos(angle), np.sin(angle), (patch - 1) / 2
+    cos, sin, middle = np.cos(angle) / scale, np.sin(angle) / scale, (patch - 1) / 2
     # WARP_INVERSE_MAP: the matrix takes a pixel of the crop to its place in the image.
     matrix = np.array(
         [[cos, -sin, x - middle * (cos - sin)], [sin, cos, y - middle * (sin + cos)]],
     )
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return tuple(cv2.warpAffine(image, matrix, (patch, patch), flags=flags) for image in images)
+    ways = (cv2.INTER_LINEAR if image.ndim == 3 else cv2.INTER_NEAREST for image in images)  # labels don't mix
+    return tuple(
+        cv2.warpAffine(np.ascontiguousarray(image), matrix, (patch, patch), flags=way | cv2.WARP_INVERSE_MAP)
+        for image, way in zip(images, ways, strict=True)
+    )
 
 
 def _reach(angle: float, patch: int) -> float:
     """Half the side of the upright square around a turned patch, in pixels."""
     return (patch - 1) / 2 * (abs(np.cos(angle)) + abs(np.sin(angle)))
+
+
+def read_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The classes (H, W) uint8 of a pair's pixels, from the PNG of its name in the folder `label` beside it.
+
+    All unlabelled (255) where there is none. Raises UserError where they are not of the pair's size, or not grey.
+    """
+    file = path.parent / LABELS / f"{path.stem}.png"
+    if not file.is_file():
+        return np.full(shape, UNLABELLED, np.uint8)
+    labels = read_image(file)
+    if labels.shape != shape or labels.dtype != np.uint8:
+        raise UserError(f"{file} must be a grey 8-bit image of {shape[1]}x{shape[0]} pixels, as its pair's halves are")
+    if not ((labels < CLASSES) | (labels == UNLABELLED)).all():
+        raise UserError(f"{file} has labels that are none of 0 to {CLASSES - 1} and {UNLABELLED}")
+    return labels
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 import ranks
 from common import UserError
@@ -49,6 +50,17 @@ def is_bf16(precision: str, device: torch.device) -> bool:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Within this, forward passes compute in a settings' `precision`; weights and images stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if is_bf16(precision, device) else nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in where `x` lies; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """For the two ends of a network, few operations whose rounding to bfloat16 would be more than half of the error."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

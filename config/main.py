@@ -20,9 +20,9 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -40,6 +39,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import cal_ssim
 import checkpoint as checkpoints
+import losses
 import model
 import ranks
 import settings as knobs
@@ -61,14 +61,6 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-CHARBONNIER = 1e-3  # below this difference the loss is square, above it absolute
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (R, O, B), the mean over the batch
-    "mse": lambda R, O, B: F.mse_loss(R, O - B),
-    "l1": lambda R, O, B: F.l1_loss(R, O - B),
-    "charbonnier": lambda R, O, B: ((R - O + B).square() + CHARBONNIER**2).sqrt().mean(),
-    "ssim": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean(),
-    "ssim_l1": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean() + F.l1_loss(R, O - B),
-}
 COMPILE_STEPS = 10000  # left in a run that torch.compile, which takes a minute or more at first, is taken for
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
 
@@ -89,38 +81,58 @@ def stages_at(settings: Settings, step: int) -> int:
     return settings.stage_num // 2 ** sum(step < growth for growth in settings.grow)
 
 
+def in_steps(settings: Settings, images: int) -> Settings:
+    """Settings whose `steps` and `milestones` are counted in steps, where they were in epochs, of `images` each."""
+    if not settings.epochs:
+        return settings
+    each = math.ceil(images / settings.batch_size)
+    milestones = tuple(each * epoch for epoch in settings.milestones)
+    return replace(settings, epochs=0, steps=each * settings.epochs, milestones=milestones)
+
+
 def make_optimizer(network: nn.Module, lr: float) -> torch.optim.Adam:
     """Adam, on a CUDA GPU in one kernel (section 3.1)."""
     on_gpu = next(network.parameters()).device.type == "cuda"
-    return torch.optim.Adam(network.parameters(), lr=lr, fused=True if on_gpu else None)  # None: PyTorch's choice
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(parameters, lr=lr, fused=True if on_gpu else None)  # None: PyTorch's choice
 
 
 def train_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, O: Tensor, B: Tensor, settings: Settings, scored: bool
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    O: Tensor,
+    B: Tensor,
+    settings: Settings,
+    scored: bool,
+    criterion: nn.Module | None = None,
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """One step of Adam on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
 
-    Returns `loss`, the sum over the stages that count, and where `scored`, `stage_t/loss`, `stage_t/psnr` and
-    `stage_t/ssim`. A loss that is not finite leaves the weights as they were. The crops go through the network in the
+    `criterion` is the loss, `losses.build`'s if None; it may take the pixels' `labels` (N, H, W). Returns `loss`, and
+    where `scored`, the loss's other terms, `stage_t/psnr` and `stage_t/ssim`. A loss that is not finite leaves the
+    weights as they were. The crops go through the network in the
     parts that `accumulate` asks for, on the CPU at most a few at a time; their gradients add up to the batch's.
 
     Of several ranks, each has its part of the batch, `network` is DistributedDataParallel, whose gradients are the mean
     over the ranks, and the results are those of the whole batch.
     """
+    criterion = criterion or losses.build(settings)
     batch = settings.batch_size if ranks.count() > 1 else len(O)
     count = math.ceil(len(O) / settings.accumulate)
     if O.device.type == "cpu":  # fewer crops at a time take less memory, and are faster
         count = min(count, max(1, PIECE_PIXELS // (O.shape[2] * O.shape[3])))
-    parts = list(zip(O.split(count), B.split(count), strict=True))
+    all_labels = [None] * math.ceil(len(O) / count) if labels is None else labels.split(count)
+    parts = list(zip(O.split(count), B.split(count), all_labels, strict=True))
     result: dict[str, float] = defaultdict(float)
     optimizer.zero_grad(set_to_none=True)
-    for index, (rainy, clean) in enumerate(parts):
+    for index, (rainy, clean, classes) in enumerate(parts):
         is_last, share = index == len(parts) - 1, len(rainy) / batch
         with nullcontext() if is_last or ranks.count() == 1 else network.no_sync():
             with autocast(settings.precision, O.device):
                 rain_layers = network(rainy)
-            losses = [LOSSES[settings.loss](R, rainy, clean) for R in rain_layers]
-            loss = share * (losses[-1] if settings.loss_stages == "last" else torch.stack(losses).sum())
+                terms = criterion(rain_layers, rainy, clean, classes)
+            loss = share * terms.pop("loss")
             result["loss"] += loss.item()
             if is_last:
                 (result["loss"],) = ranks.total([result["loss"]])
@@ -128,10 +140,11 @@ def train_step(
                     return result
             (loss * ranks.count()).backward()
         if scored:
-            for name, value in _stage_scores(rain_layers, losses, rainy, clean):
+            for name, value in _step_scores(terms, rain_layers, rainy, clean):
                 result[name] += share * value
+    ranks.average_gradients(criterion)
     if settings.clip_norm:
-        nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_([*network.parameters(), *criterion.parameters()], settings.clip_norm)
     optimizer.step()
     if scored:
         names = [name for name in result if name != "loss"]
@@ -140,37 +153,42 @@ def train_step(
 
 
 @torch.no_grad()
-def _stage_scores(rain_layers: list[Tensor], losses: list[Tensor], O: Tensor, B: Tensor) -> Iterator[tuple[str, float]]:
-    for t, (R, stage_loss) in enumerate(zip(rain_layers, losses, strict=True), 1):
+def _step_scores(
+    terms: dict[str, Tensor], rain_layers: list[Tensor], O: Tensor, B: Tensor
+) -> Iterator[tuple[str, float]]:
+    for name, term in terms.items():
+        yield name, term.item()
+    for t, R in enumerate(rain_layers, 1):
         restored = (O - R).clamp(0, 1)
-        yield f"stage_{t}/loss", stage_loss.item()
         yield f"stage_{t}/psnr", cal_ssim.psnr(restored, B).mean().item()
         if min(B.shape[-2:]) >= cal_ssim.WINDOW:
             yield f"stage_{t}/ssim", cal_ssim.ssim(restored, B).mean().item()
 
 
 def validate(
-    network: nn.Module, paths: list[Path], device: torch.device, settings: Settings
+    network: nn.Module, paths: list[Path], device: torch.device, settings: Settings, criterion: nn.Module | None = None
 ) -> tuple[dict, np.ndarray | None]:
     """Scores of whole validation pairs, and rank 0's first: O, every stage, B, side by side, as (H, W, 3) uint8 BGR.
 
-    Returns `psnr` of the last stage, `psnr_input`, and `stage_t/loss`, `stage_t/psnr`, `stage_t/ssim`, all of the 8-bit
-    images that would be saved.
+    Returns `psnr` and `ssim` of the last stage, `psnr_input`, and `stage_t/loss`, `stage_t/psnr`, `stage_t/ssim`, all
+    of the 8-bit images that would be saved.
     """
-    mosaic = []
+    mosaic, criterion = [], criterion or losses.build(settings)
 
     def each(path, O, restored, B, rows):
         if not mosaic:
             mosaic.extend([O, *restored, B])
-        O, B = O[None].float() / 255, B[None].float() / 255
-        return [LOSSES[settings.loss](O - image[None].float() / 255, O, B).item() for image in restored]
+        O, B, *restored = (image[None].to(device).float() / 255 for image in (O, B, *restored))
+        with torch.no_grad():
+            terms = criterion([O - image for image in restored], O, B)
+        return [terms[f"stage_{t}/loss"].item() for t in range(1, len(restored) + 1)]
 
-    table, losses = score_pairs(network, paths, device, each, settings.memory_gib, settings.precision)
+    table, found = score_pairs(network, paths, device, each, settings.memory_gib, settings.precision)
     table = table.mean(0)  # (1 + stages, METRICS)
     result = {}
-    for t, (row, loss) in enumerate(zip(table[1:], np.mean(losses, 0), strict=True), 1):
+    for t, (row, loss) in enumerate(zip(table[1:], np.mean(found, 0), strict=True), 1):
         result |= {f"stage_{t}/loss": loss, f"stage_{t}/psnr": row[0], f"stage_{t}/ssim": row[1]}
-    result |= {"psnr": table[-1][0], "psnr_input": table[0][0]}
+    result |= {"psnr": table[-1][0], "ssim": table[-1][1], "psnr_input": table[0][0]}
     if not mosaic:  # there are more ranks than pairs
         return result, None
     scale = min(1.0, 320 / max(mosaic[0].shape[1:]))
@@ -183,7 +201,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, start: Checkpoint | None, source: Path | None):
         """From the beginning, or from checkpoint `start`, which was read from `source`. Writes nothing yet."""
-        self.settings, self.device = settings, pick_device(settings.device)
+        self.device = pick_device(settings.device)
         if settings.batch_size < ranks.count():
             raise UserError(f"batch_size {settings.batch_size} is too small for {ranks.count()} processes")
         torch.manual_seed(settings.seed)
@@ -192,16 +210,20 @@ class Trainer:
             checkpoints.load_weights(self.network, start, source)
         self.network.to(self.device)
         self.network.checkpoint_activations = settings.checkpoint_activations
-        self.optimizer = make_optimizer(self.network, settings.lr)
+        folder = data_path(settings)
+        self.dataset = CropDataset(folder / "train", settings)
+        self.asked = settings  # what the checkpoints hold
+        self.settings = self.dataset.settings = settings = in_steps(settings, len(self.dataset.paths))
+        self.criterion = losses.build(settings, self.dataset.labelled).to(self.device)
+        self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr)
         self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
         self.averaged = None
         if settings.average:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
         if start:
             self._resume(start, source)
-        self.network.stage_num = stages_at(settings, self.step)
-        folder = data_path(settings)
-        self.dataset = CropDataset(folder / "train", settings)
+        if settings.grow:
+            self.network.stage_num = stages_at(settings, self.step)
         paths = list_pairs(folder / "val")
         count = min(settings.val_images or len(paths), len(paths))
         self.parallel = self._parallel()
@@ -222,6 +244,11 @@ class Trainer:
                 self.optimizer.load_state_dict(start.optimizer)
             except (ValueError, KeyError):
                 raise UserError(f"{source} holds an optimiser's state that is not Adam's of this network") from None
+        if start.criterion:
+            try:
+                self.criterion.load_state_dict(start.criterion, strict=False)
+            except RuntimeError:
+                raise UserError(f"{source} holds the state of another loss: name another run with --run") from None
         if self.averaged and start.average:
             self.averaged.module.load_state_dict(start.average)
             self.averaged.n_averaged += 1  # else the first step would overwrite it
@@ -254,17 +281,22 @@ class Trainer:
         state = Checkpoint(
             self.network.state_dict(),
             self.step,
-            self.settings,
+            self.asked,
             self.optimizer.state_dict(),
             random,
             self.best_psnr,
             seconds=self.seconds + time.monotonic() - self.started,
             device=describe(self.device),
             average=self.averaged.module.state_dict() if self.averaged else None,
-            stages=self.network.stage_num,
+            stages=stages_at(self.settings, max(0, self.step - 1)),
+            criterion=self._criterion_state(),
         )
         for name in names:
             checkpoints.save(self.settings.model_path / f"{name}.pth", state)
+
+    def _criterion_state(self) -> dict[str, Tensor]:
+        """What the loss has learnt; what it was given, such as VGG's features, is not saved."""
+        return {name: p.detach() for name, p in self.criterion.named_parameters() if p.requires_grad}
 
     def run(self) -> None:
         """Train to the last step, or until Ctrl-C or SIGTERM; checkpoint, log and curves go to the run's folders.
@@ -347,14 +379,15 @@ class Trainer:
         # All ranks stop behind the same step, whichever was asked to.
         while self.step < settings.steps and not (stopped := any(ranks.total([interrupt.asked]))):
             fetch_at = time.monotonic()
-            O, B = (x.to(self.device, non_blocking=True).float() / 255 for x in next(batches))
+            O, B, *labels = (x.to(self.device, non_blocking=True) for x in next(batches))
+            O, B = O.float() / 255, B.float() / 255
             waited += time.monotonic() - fetch_at
             self._grow()
             rate = learning_rate(settings, self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             scored = (self.step + 1) % settings.log_steps == 0
-            result = self._train_step(O, B, scored)
+            result = self._train_step(O, B, scored, *labels)
             if not np.isfinite(result["loss"]):
                 raise self._not_finite(f"the loss is {result['loss']} in step {self.step + 1}")
             if self.averaged:
@@ -381,16 +414,16 @@ class Trainer:
 
     def _grow(self) -> None:
         stages = stages_at(self.settings, self.step)
-        if stages != self.network.stage_num:
+        if self.settings.grow and stages != self.network.stage_num:
             log.info(f"step {self.step}: from {self.network.stage_num} to {stages} stages")
             self.network.stage_num = stages
             self.parallel = self._parallel()
 
-    def _train_step(self, O: Tensor, B: Tensor, scored: bool) -> dict[str, float]:
+    def _train_step(self, O: Tensor, B: Tensor, scored: bool, labels: Tensor | None = None) -> dict[str, float]:
         """`train_step`, with one line about a full memory."""
         settings = self.settings
         try:
-            return train_step(self.parallel, self.optimizer, O, B, settings, scored)
+            return train_step(self.parallel, self.optimizer, O, B, settings, scored, self.criterion, labels)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -402,7 +435,7 @@ class Trainer:
         )
 
     def _last(self, name: str) -> str:
-        return f"stage_{self.network.stage_num}/{name}"
+        return f"stage_{self.network.output_num}/{name}"
 
     def _path(self, name: str) -> Path:
         return self.settings.model_path / f"{name}.pth"
@@ -437,8 +470,9 @@ class Trainer:
         self._check_weights()
         started = time.monotonic()
         network = self.averaged.module if self.averaged else self.network
-        network.stage_num = self.network.stage_num
-        result, mosaic = validate(network, self.validation, self.device, self.settings)
+        if self.settings.grow:
+            network.stage_num = self.network.stage_num
+        result, mosaic = validate(network, self.validation, self.device, self.settings, self.criterion)
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
@@ -448,7 +482,7 @@ class Trainer:
         self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
         self.curves.add_picture(self.step, "val/preview", mosaic)
         write_image(self.settings.log_path / "preview.png", mosaic)
-        stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, network.stage_num + 1))
+        stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, network.output_num + 1))
         log.info(
             f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
             f"ssim {result[self._last('ssim')]:.4f}, {time.monotonic() - started:.1f} s"
@@ -483,8 +517,10 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
             log.info("other than in the checkpoint: " + ", ".join(values))
     log.info("settings:\n" + knobs.describe(settings))
     trainer = Trainer(settings, start, source)
-    if trainer.step >= settings.steps:
-        log.info(f"run {settings.run} has had its {settings.steps} steps; more with --steps")
+    steps = trainer.settings.steps
+    if trainer.step >= steps:
+        more = "epochs" if settings.epochs else "steps"
+        log.info(f"run {settings.run} has had its {steps} steps; more with --{more}")
         return
     trainer.run()
 
@@ -525,21 +561,18 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
         return
     means, rows, changes = np.nanmean(table, 0), *zip(*found, strict=True)
     log.info(f"{'':10}" + "".join(f"{metric:>10}" for metric in METRICS))
-    for label, row in zip(["input", *_stages(settings)], means, strict=True):
+    places = ["input", *(f"stage_{t}" for t in range(1, table.shape[1]))]
+    for label, row in zip(places, means, strict=True):
         log.info(f"{label:10}" + "".join(f"{value:10.4f}" for value in row))
     if np.mean(changes) < NEARLY_INPUT:
         log.warning(f"warning: the output is nearly the input, {np.mean(changes):.2f} of 255 levels apart on average")
     text = io.StringIO()
-    columns = [f"{metric}_{place}" for place in ["input", *_stages(settings)] for metric in METRICS]
+    columns = [f"{metric}_{place}" for place in places for metric in METRICS]
     csv.writer(text, lineterminator="\n").writerows([["image", "height", "width", "change", *columns], *rows])
     where = Path(settings.log_dir) / path.parent.name if path.parent.name == settings.run else Path(settings.log_dir)
     csv_path = where / f"test_{path.stem}.csv"
     write_bytes(csv_path, text.getvalue().encode())
     log.info(f"8-bit RGB, and Y of rgb2ycbcr, means over {len(paths)} images; each image's scores: {csv_path}")
-
-
-def _stages(settings: Settings) -> list[str]:
-    return [f"stage_{t}" for t in range(1, settings.stage_num + 1)]
 
 
 # ---------------------------------------------------------------- export, models
@@ -560,12 +593,12 @@ def export(name: str, overrides: dict[str, Any]) -> None:
 
 def models() -> None:
     """`-a models`: the presets with their parameters, cost and row of the paper."""
-    log.info(f"{'preset':14}{'parameters':>11}{'stages':>8}{'MACs/pixel':>12}  row of the paper")
+    log.info(f"{'preset':27}{'parameters':>10}{'stages':>8}{'MACs/pixel':>12}  row of the paper")
     for name, preset in PRESETS.items():
         network = model.build(name)
         log.info(
-            f"{name:14}{model.count_parameters(network):>11}{network.stage_num:>8}"
-            f"{model.macs_per_pixel(network):>12}  {preset.row}"
+            f"{name:27}{model.count_parameters(network):>10}{network.output_num:>8}"
+            f"{network.macs_per_pixel():>12}  {preset.row}"
         )
 
 

@@ -4,35 +4,28 @@ A rainy image is the sum of a background and a rain layer, O = B + R (section 2.
 layer of O: stage t + 1 gets O - R_t, and all stages share their weights (section 2.2, figure 2).
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import strips
 import windows
+from coarse2fine import Coarse2Fine
+from common import UserError
 from convolution import Conv5x5, FilterKeeper, shared_filters
+from devices import autocast_dtype, without_autocast
 from groupy import GroupConv2d, P4ConvP4, P4ConvZ2
-from settings import Settings, resolve
+from network import Network
+from php import PHP
+from settings import FIELDS, NETWORK, Settings, resolve
 from winograd import HALO, KERNEL
 
 SLOPE = 0.2  # of every LeakyReLU, section 3.1
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes in where `x` lies; None where it is off."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """For the two ends of a stage, few operations whose rounding to bfloat16 would be more than half of the error."""
-    return nullcontext() if _autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def _first_convolution(group: str, out_channels: int) -> nn.Module:
@@ -82,7 +75,7 @@ class AggregationConv2d(Conv5x5):
         return super().forward(x.flatten(1, -3))  # (N, C, 4, H, W) -> (N, C * 4, H, W); (N, C, H, W) stays
 
 
-class DSEN(nn.Module):
+class DSEN(Network):
     """Deep symmetry enhanced network, with self-refining stages (S-DSEN) where `stage_num` > 1.
 
     Args:
@@ -109,9 +102,8 @@ class DSEN(nn.Module):
         layers = range(depth - 3)
         orientations = 4 if group == "p4" else 1
         self.stage_num, self.link = stage_num, link
-        self.halo = HALO * (depth - 1)  # pixels around one that its aggregated features depend on, in one stage
+        self.features_halo = HALO * (depth - 1)  # pixels around one that a stage's aggregated features depend on
         self.compiled_stage = None
-        self.checkpoint_activations = False  # repeat each stage for its gradients, instead of keeping its activations
         self.pre_layer = _with_activation(_first_convolution(group, channel))
         inputs = 2 * channel if link == "concat" else channel
         self.re_layer = nn.ModuleList(_convolution(group, inputs, channel) for _ in layers)
@@ -127,6 +119,10 @@ class DSEN(nn.Module):
             nn.LeakyReLU(SLOPE, inplace=True),
             nn.Conv2d(channel, 3, 1),
         )
+
+    @property
+    def output_num(self) -> int:
+        return self.stage_num
 
     def _linked(self, index: int, x: Tensor, state: Tensor | None) -> Tensor:
         """What the connection of layer `index` makes of the layer's state; shape of `x`.
@@ -147,11 +143,11 @@ class DSEN(nn.Module):
     def features(self, image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """A stage up to its aggregation: image to the aggregated features (N, C, H, W) and the layers' states.
 
-        A pixel of these depends on the `self.halo` pixels to each side of it.
+        A pixel of these depends on the `self.features_halo` pixels to each side of it.
         """
-        with _without_autocast(image):
+        with without_autocast(image):
             x = self.pre_layer(image)
-        x = x.to(_autocast_dtype(x) or x.dtype)
+        x = x.to(autocast_dtype(x) or x.dtype)
         new_states = []
         for index, layer in enumerate(self.re_layer):
             inputs = [x]
@@ -170,7 +166,7 @@ class DSEN(nn.Module):
         `means` (N, C) are the features' over the whole image, where `gathered` is a part of it.
         """
         _, se, activation, last = self.dec
-        with _without_autocast(gathered):
+        with without_autocast(gathered):
             if isinstance(se, SEBlock):
                 gathered = gathered * se.attention(gathered.mean((-2, -1)) if means is None else means)
             return last(activation(gathered))
@@ -192,9 +188,7 @@ class DSEN(nn.Module):
                     filters = module.filters()
                     filters.prepare()  # before the stages: what a stage does must not depend on which it is
                     module.prepared = (filters.filters, filters.bias) if compiled else None
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                repeated = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
-                stage = partial(checkpoint, stage, **repeated)
+            stage = self.repeated(stage, lambda: (nullcontext(), again()))
             for _ in range(stage_num or self.stage_num):
                 R, states = stage(image, states)
                 rain_layers.append(R)
@@ -204,6 +198,11 @@ class DSEN(nn.Module):
     def compile(self, *arguments, **keywords) -> None:
         """As `nn.Module.compile`, but for training alone, and a stage at a time: all stages are the same code."""
         self.compiled_stage = torch.compile(self.stage, *arguments, **keywords)
+
+    def macs_per_pixel(self) -> int:
+        """As `Network.macs_per_pixel`; the connections of stage 1, which are constants, count too."""
+        layers = (m for m in self.modules() if isinstance(m, (GroupConv2d, nn.Conv2d)))
+        return self.stage_num * sum(m.weight.numel() * getattr(m, "out_orientations", 1) for m in layers)
 
     @torch.no_grad()
     def each_stage(
@@ -215,41 +214,31 @@ class DSEN(nn.Module):
     ) -> Iterator[Tensor]:
         """The rain layers R_t (3, H, W), one after another, of one rainy image `O` (3, H, W) of any size.
 
-        As `forward` in eval mode, to 1e-5, but on the CPU faster, and in as much memory as there is: `memory_gib`
-        bounds the process, 0 takes what is free. On a GPU, an image for which its memory is too small goes through in
-        parts, whose states lie in the computer's memory. A rain layer is the caller's to overwrite. `tick` hears the
-        share of the work done since its last call.
+        As `Network.each_stage`, but on the CPU faster than `forward`. On a GPU, an image for which its memory is too
+        small goes through in parts, whose states lie in the computer's memory.
         """
-        plain = O.dtype == self.pre_layer.conv0.weight.dtype == torch.float32 and _autocast_dtype(O) is None
+        plain = O.dtype == self.pre_layer.conv0.weight.dtype == torch.float32 and autocast_dtype(O) is None
         way = strips if O.device.type == "cpu" and plain else windows
         yield from way.each_stage(self, O, stage_num or self.stage_num, memory_gib, tick)
 
 
-def build(settings: Settings | str) -> DSEN:
-    """The network of a settings object, or of a preset by its name."""
+CLASSES = {"dsen": DSEN, "coarse2fine": Coarse2Fine, "php": PHP}
+
+
+def build(settings: Settings | str) -> Network:
+    """The network of a settings object, or of a preset by its name; its arguments are settings of the same names.
+
+    Raises UserError where a setting says something of another network, and would do nothing.
+    """
     if isinstance(settings, str):
         settings = resolve(settings)
-    return DSEN(
-        channel=settings.channel,
-        depth=settings.depth,
-        stage_num=settings.stage_num,
-        group=settings.group,
-        aggregation=settings.aggregation,
-        use_se=settings.use_se,
-        link=settings.link,
-    )
+    kind = CLASSES[settings.network]
+    arguments = inspect.signature(kind).parameters
+    for name in NETWORK[1:]:
+        if name not in arguments and getattr(settings, name) != FIELDS[name].default:
+            raise UserError(f"{name} is no setting of the network {settings.network}, which has {', '.join(arguments)}")
+    return kind(**{name: getattr(settings, name) for name in arguments})
 
 
 def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-def macs_per_pixel(network: DSEN) -> int:
-    """Multiply-accumulates for each pixel of the input, all stages (convolutions only)."""
-    per_stage = 0
-    for module in network.modules():
-        if isinstance(module, GroupConv2d):
-            per_stage += module.weight.numel() * module.out_orientations
-        elif isinstance(module, nn.Conv2d):
-            per_stage += module.weight.numel()
-    return per_stage * network.stage_num

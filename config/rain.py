@@ -46,6 +46,25 @@ class RainStyle:
     strength: Range = (1.0, 1.0)  # factor on all levels of one picture, log-uniform
 
 
+@dataclass(frozen=True)
+class IntensityRain:
+    """The rain of the intensity-aware paper, section III-D: noise, blurred, thresholded, motion-blurred.
+
+    A picture has one direction and one radius, of which streaks are small, middling or large. The paper gives these two
+    alone; the rest was chosen by eye.
+    """
+
+    radii: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)  # sigma of the noise's Gaussian blur, pixels
+    directions: tuple[float, ...] = (-40, -30, -15, 0, 15, 30, 40)  # degrees from straight down; positive leans as "/"
+    coverage: float = 0.02  # share of the pixels whose noise exceeds the threshold
+    length: int = 31  # of the motion blur, pixels
+    gain: float = 1.6  # a pixel's share of the motion blur that is lit, times this, is its brightness, at most 1
+
+    def choose(self, rng: np.random.Generator) -> tuple[float, float]:
+        """A picture's direction in degrees and radius in pixels, the first that its generator is asked for."""
+        return self.directions[rng.integers(len(self.directions))], self.radii[rng.integers(len(self.radii))]
+
+
 # Fitted until `compare` printed two like columns and the pictures looked alike side by side.
 STYLES = {
     # To 18 real pairs: up to eight sets that overlap; nearly every picture mixes hard and soft ones.
@@ -70,11 +89,18 @@ STYLES = {
         strength=(0.75, 2.2),
         streaks=(Streaks(False, (1, 1), (0, 0), (10, 65), (0.8, 2.2), (0.4, 0.9), (13, 19)),),
     ),
+    "intensity": IntensityRain(),
+    # Table IV of the paper: without small, middling and large streaks.
+    "intensity_wo_s": IntensityRain(radii=(0.4, 0.6, 0.8, 1.0)),
+    "intensity_wo_m": IntensityRain(radii=(0.2, 0.8, 1.0)),
+    "intensity_wo_l": IntensityRain(radii=(0.2, 0.4, 0.6)),
 }
 
 
-def render(height: int, width: int, style: RainStyle, rng: np.random.Generator) -> np.ndarray:
+def render(height: int, width: int, style: RainStyle | IntensityRain, rng: np.random.Generator) -> np.ndarray:
     """Draw one rain layer R, (height, width) uint8 in grey levels. The same generator state gives the same layer."""
+    if isinstance(style, IntensityRain):
+        return cv2.convertScaleAbs(_intensity_rain(height, width, style, rng))
     rain = np.zeros((height, width), np.float32)
     main = rng.uniform(-style.angle, style.angle)
     strength = _log_uniform(style.strength, rng)
@@ -86,7 +112,7 @@ def render(height: int, width: int, style: RainStyle, rng: np.random.Generator) 
     return cv2.convertScaleAbs(rain)  # rounds, clips at 255
 
 
-def add_rain(clean: np.ndarray, style: RainStyle, rng: np.random.Generator) -> np.ndarray:
+def add_rain(clean: np.ndarray, style: RainStyle | IntensityRain, rng: np.random.Generator) -> np.ndarray:
     """Rain on a clean image: `O = clip(B + R)`, both (H, W, 3) uint8."""
     return cv2.add(clean, cv2.merge([render(*clean.shape[:2], style, rng)] * 3))  # cv2.add saturates at 255
 
@@ -96,16 +122,37 @@ def _set(height: int, width: int, angle: float, kind: Streaks, level: float, rng
 
     Filtering along the columns and shearing takes the same few milliseconds for every length, a turned kernel doesn't.
     """
-    slope = tan(radians(angle))
-    canvas_width = width + ceil(height * abs(slope)) + 2
     length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
     across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
     draw = _hard_streaks if kind.hard else _soft_streaks
-    canvas = draw(height, canvas_width, length, across, rng.uniform(*kind.coverage), level, rng)
+    canvas = draw(height, _canvas_width(height, width, angle), length, across, rng.uniform(*kind.coverage), level, rng)
+    return _shear(canvas, width, angle, rng)
+
+
+def _canvas_width(height: int, width: int, angle: float) -> int:
+    """Of what is sheared by `angle` degrees to (height, width)."""
+    return width + ceil(height * abs(tan(radians(angle)))) + 2
+
+
+def _shear(canvas: np.ndarray, width: int, angle: float, rng: np.random.Generator) -> np.ndarray:
+    """Shears vertical streaks (height, `_canvas_width`) by `angle` degrees, to (height, width)."""
+    height, slope = len(canvas), tan(radians(angle))
     # The shift by a part of a pixel keeps vertical streaks from lying exactly on the columns.
     left = rng.uniform(0, 1) + max(0.0, -slope * height)
     shear = np.array([[1, slope, left], [0, 1, 0]])
     return cv2.warpAffine(canvas, shear, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def _intensity_rain(height: int, width: int, style: IntensityRain, rng: np.random.Generator) -> np.ndarray:
+    """(height, width) float32 in grey levels."""
+    angle, radius = style.choose(rng)
+    length = max(2, round(style.length * cos(radians(angle))))
+    # Blurring has its own border, as wide as 4 sigma, and the rows above the image let streaks enter it from outside.
+    noise = rng.standard_normal((height + length + 8, _canvas_width(height, width, angle) + 8), dtype=np.float32)
+    noise = cv2.GaussianBlur(noise, (9, 9), radius)[4:-4, 4:-4]
+    lit = (noise > NormalDist(0, float(noise.std())).inv_cdf(1 - style.coverage)).astype(np.float32)
+    share = cv2.boxFilter(lit, -1, (1, length))[length // 2 : length // 2 + height]
+    return _shear(255 * np.minimum(style.gain * share, 1), width, angle, rng)
 
 
 def _hard_streaks(
@@ -223,8 +270,10 @@ def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bo
     """Write `count` joined pairs, B left and O right, for each clean image of `source`; returns how many were written.
 
     With `pairs`, `source` holds joined pairs, whose clean halves are taken. `drawn.txt` in `target` says how these
-    were drawn. A second call writes the same files again. Raises UserError where two images would get the same name.
+    were drawn, and where a style chooses a direction and a radius for each, `drawn.csv` holds these. A second call
+    writes the same files again. Raises UserError where two images would get the same name.
     """
+    style, chosen = STYLES[name], []
     paths = _images(source)
     if target.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise UserError(f"{target} holds the clean images: give another folder for the pairs")
@@ -235,8 +284,12 @@ def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bo
     for path in paths:
         clean = read_pair(path)[0] if pairs else to_bgr8(read_image(path))
         for number in range(count):
-            drawn = add_rain(clean, STYLES[name], _generator(seed, path, number))
-            write_image(target / f"{path.stem}_x{number + 1}.png", np.hstack([clean, drawn]))
+            file = target / f"{path.stem}_x{number + 1}.png"
+            write_image(file, np.hstack([clean, add_rain(clean, style, _generator(seed, path, number))]))
+            if isinstance(style, IntensityRain):
+                chosen.append("{},{:g},{:g}\n".format(file.name, *style.choose(_generator(seed, path, number))))
+    if chosen:
+        write_bytes(target / "drawn.csv", "".join(["image,degrees,radius\n", *chosen]).encode())
     write_bytes(target / "drawn.txt", f"drawn: {name}, {count} on each of {len(paths)} images, seed {seed}\n".encode())
     return len(paths) * count
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from common import UserError
 
@@ -85,6 +86,15 @@ def total(values: list[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Make a module's gradients, on every rank, the mean over the ranks."""
+    if count() > 1:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= count()
 
 
 def from_first(make: Callable[[], Item]) -> Item:

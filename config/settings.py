@@ -25,11 +25,19 @@ def knob(default: Any, text: str, *, choices: Sequence[str] = (), minimum: float
     return dataclasses.field(default=default, metadata=metadata)
 
 
+NETWORKS = ("dsen", "coarse2fine", "php")  # model.CLASSES
+
+
 @dataclass(frozen=True)
 class Settings:
-    # What is built: see model.DSEN.
+    # What is built: see model.DSEN, coarse2fine.Coarse2Fine and php.PHP, which say what each of these is.
+    network: str = knob("dsen", "which network is built", choices=NETWORKS)
     channel: int = knob(10, "regular channels of every layer (paper: 10 in DSEN, 20 in the CNN)", minimum=2)
-    depth: int = knob(7, "layers, of which depth - 3 are P4ConvP4 layers with a residual (paper: 7)", minimum=4)
+    depth: int = knob(
+        7,
+        "layers, of which depth - 3 are P4ConvP4 layers with a residual (paper: 7); coarse2fine: of a block",
+        minimum=1,
+    )
     stage_num: int = knob(8, "stages, which share their weights (paper: 1, 2, 4, 6 and 8)", minimum=1)
     group: str = knob("p4", "symmetry of the convolutions; z2 makes them ordinary ones", choices=("p4", "z2"))
     aggregation: str = knob(
@@ -40,12 +48,26 @@ class Settings:
         "concat", "link from a stage to the next: concat is self-refining, add is SC", choices=("concat", "add", "none")
     )
 
+    dilated: bool = knob(True, "coarse2fine: layer l of a stage is dilated by 2^(l-1)")
+    inner_dense: bool = knob(True, "coarse2fine: dense connections within a stage")
+    outer_dense: bool = knob(True, "coarse2fine: a stage gets the images of all stages before it")
+    refined: bool = knob(True, "coarse2fine: refine the last image; php: add the details by a second sub-network")
+    block: str = knob(
+        "php",
+        "php: what a level is built of",
+        choices=("concatenation", "parallel", "hierarchical", "standard", "non_local"),
+    )
+    pooling: str = knob("contrast", "php: pooling of the rainy image for the levels", choices=("max", "none"))
+
     # What it is trained on.
     data_dir: str = knob("", "folder with train, val and test; empty: the built-in set", path=True)
     rain: str = knob(
         "",
         "style of rain, drawn afresh on every clean crop of the training; empty: the rain of the pairs as stored",
-        choices=("rain100h", "rain100l", "rain800"),  # rain.STYLES
+        choices=(  # rain.STYLES
+            *("rain100h", "rain100l", "rain800"),
+            *("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"),
+        ),
     )
     clean_dir: str = knob(
         "", "folder of clean images that rain is drawn on; empty: the clean halves in data_dir/train", path=True
@@ -56,8 +78,9 @@ class Settings:
     )
     aug_data: str = knob(
         "none",
-        "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA), left to right",
-        choices=("none", "rotate", "quarter_turns", "flip"),
+        "turning of the training pairs: by -30..30 degrees (paper: DA), by quarter turns (paper: C4DA), left to right; "
+        "scale: by -30..30 degrees, left to right and to 0.7..1.4 of the size",
+        choices=("none", "rotate", "quarter_turns", "flip", "scale"),
     )
     patch_size: int = knob(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = knob(64, "crops in a step (paper: 64)", minimum=1)
@@ -71,6 +94,9 @@ class Settings:
 
     # How it is trained.
     steps: int = knob(20000, "steps of training in all (paper: learning rate falls at 15000 and 17500)", minimum=1)
+    epochs: int = knob(
+        0, "passes over the training images; steps and milestones are then counted in these; 0: in steps", minimum=0
+    )
     lr: float = knob(5e-4, "Adam's first learning rate (paper: 5e-4)", minimum=0)
     schedule: str = knob(
         "steps",
@@ -83,10 +109,16 @@ class Settings:
     loss: str = knob(
         "mse",
         "mse, l1 or charbonnier of R_t against O - B; ssim is 1 - SSIM of O - R_t against B; ssim_l1 their sum (paper: "
-        "mse)",
-        choices=("mse", "l1", "charbonnier", "ssim", "ssim_l1"),
+        "mse); coarse2fine and php are those of these networks",
+        choices=("mse", "l1", "charbonnier", "ssim", "ssim_l1", "coarse2fine", "php"),
     )
     loss_stages: str = knob("all", "stages whose losses are summed (paper: all)", choices=("all", "last"))
+    vgg_weights: str = knob(
+        "", "loss coarse2fine: file of torchvision's VGG-16; empty: the one in torchvision's cache, if any", path=True
+    )
+    lowpass_sigma: float = knob(1.7, "loss php: of the filter of the truth of X^c, pixels; 0: unfiltered", minimum=0)
+    colour_weight: float = knob(0.1, "loss php: of the colour's term", minimum=0)
+    segmentation_weight: float = knob(0.05, "loss php: of the segmentation's term, where there are labels", minimum=0)
     grow: tuple[int, ...] = knob(
         (), "steps at which the number of stages doubles, to stage_num at last; none: all from the start (paper)"
     )
@@ -137,7 +169,10 @@ class Settings:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 TYPES = typing.get_type_hints(Settings)
-NETWORK = ("channel", "depth", "stage_num", "group", "aggregation", "use_se", "link")  # what fixes the network
+NETWORK = (  # what fixes the network
+    "network channel depth stage_num group aggregation use_se link "
+    "dilated inner_dense outer_dense refined block pooling"
+).split()
 
 
 def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
@@ -155,6 +190,12 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
         _check_value(name, value)
     settings = dataclasses.replace(settings, **overrides)
     settings = dataclasses.replace(settings, **map_paths(settings, lambda path: str(ROOT / path)))
+    if settings.network == "dsen" and settings.depth < 4:
+        raise UserError(f"depth must be at least 4 in DSEN, got {settings.depth}")
+    if settings.network != "dsen" and settings.grow:
+        raise UserError(f"grow is for stages that share all weights, those of {settings.network} don't")
+    if settings.loss in NETWORKS and settings.loss != settings.network:
+        raise UserError(f"loss {settings.loss} is that of the network {settings.loss}, not of {settings.network}")
     if settings.group == "z2" and settings.aggregation != "conv":
         raise UserError("aggregation max and mean pool orientations, which ordinary convolutions (group z2) lack")
     if settings.clean_dir and not settings.rain:

@@ -184,14 +184,14 @@ def main(arguments: list[str]) -> int:
 def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Restore what the command line names; returns the exit status. Several ranks share the images."""
     network, settings, checkpoint, step = open_network(known.preset, known.model, overrides)
-    stage_num = network.stage_num if known.stages is None else known.stages
-    if not 1 <= stage_num <= network.stage_num:
-        raise UserError(f"--stages must be 1 to {network.stage_num}, the stages of {checkpoint}, got {stage_num}")
+    stage_num = network.output_num if known.stages is None else known.stages
+    if not 1 <= stage_num <= network.output_num:
+        raise UserError(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
     paths, paired = find_inputs(known.input, settings), known.input is None
     run, show_dir = settings.run or checkpoint.stem, Path(settings.show_dir)
     refuse_to_overwrite(paths, [show_dir, show_dir / run, show_dir / "page"])
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
-    log.info(f"{checkpoint} (step {step}), {stage_num} of {network.stage_num} stages, {len(paths)} images, {device}")
+    log.info(f"{checkpoint} (step {step}), {stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
 
     stages_written = stage_num if known.all_stages else 0
     mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, stages_written), strict=True), 1)))

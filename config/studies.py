@@ -186,9 +186,9 @@ def stages(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
 def _seconds_by_stage(network: nn.Module, settings: Settings, device: torch.device) -> list[float]:
     """Median seconds of an image of IMAGE with --stages 1, 2, ..; all in turn, as the machine's speed drifts."""
     O = torch.rand(IMAGE, generator=torch.Generator().manual_seed(0)).to(device)
-    seconds: list[list[float]] = [[] for _ in range(network.stage_num)]
+    seconds: list[list[float]] = [[] for _ in range(network.output_num)]
     for repeat in range(1 + REPEATS):  # the first is the warm-up
-        for stage_num in range(1, network.stage_num + 1):
+        for stage_num in range(1, network.output_num + 1):
             started = time.perf_counter()
             for B in restore(network, O, stage_num, settings.memory_gib, settings.precision):
                 B.sum().item()  # waits for the device

@@ -37,10 +37,12 @@ DATA = {"rain800": "Zhang800", "rain100h": "Rain100H"}  # folder in data/, name 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},  # the defaults of settings.py
     # For a CPU: an eightieth of the crops, in batches of eight or of four.
-    "short": {"steps": 2000, "batch_size": 8, "lr": 1e-3, "milestones": (1500, 1750), "clip_norm": 0.1},
-    "small": {"steps": 4000, "batch_size": 4, "lr": 1e-3, "milestones": (3000, 3700), "clip_norm": 0.1},
+    "short": {"epochs": 0, "steps": 2000, "batch_size": 8, "lr": 1e-3, "milestones": (1500, 1750), "clip_norm": 0.1},
+    "small": {"epochs": 0, "steps": 4000, "batch_size": 4, "lr": 1e-3, "milestones": (3000, 3700), "clip_norm": 0.1},
     # Beyond the paper: what helped (results/tried.json), in the paper's number of steps.
     "best": {
+        "epochs": 0,
+        "steps": 20000,
         "batch_size": 16,
         "lr": 1e-3,
         "schedule": "cosine",
@@ -52,12 +54,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "grow": (10000, 15000),
     },
 }
+# Of other networks, as many steps as take the CPU time that the recipe takes with DSEN, with crops of their own size.
+SAME_TIME = {
+    ("short", "coarse2fine"): {"steps": 730, "batch_size": 3, "milestones": (550, 640), "clip_norm": 1.0},
+    ("short", "php"): {"steps": 4300, "batch_size": 1, "patch_size": 160, "milestones": (3200, 3800), "clip_norm": 1.0},
+}
 # What a recipe fixes. A run that was begun with other values is another run.
 RECIPE = (
-    "patch_size batch_size aug_data rain seed lr schedule milestones warmup clip_norm loss loss_stages grow average"
+    "patch_size batch_size aug_data rain seed epochs lr schedule milestones warmup clip_norm loss loss_stages grow "
+    "average"
 ).split()
 PLACES = ("data_dir", "model_dir", "log_dir", "device", "precision", "memory_gib")  # that a test is told
-# PSNR and SSIM in the paper: on Rain100H, then on Zhang800.
+# PSNR and SSIM in the S-DSEN paper: on Rain100H, then on Zhang800.
 PAPER = {
     "cnn": (23.36, 0.7557, 22.88, 0.8127),
     "cnn_da": (22.21, 0.7055, 24.04, 0.8044),
@@ -80,6 +88,7 @@ TABLES = {
     "Table 2": ("dsen_maxpool", "dsen_avgpool", "dsen_wo_se", "dsen", "mcnn", "mcnn_sr", "mdsen", "mdsen_sc", "sdsen"),
     "Table 3": ("sdsen_s2", "sdsen_s4", "sdsen_s6", "sdsen"),
     "Table 4": ("dsen", "sdsen"),
+    "Other networks": ("dsen", "coarse2fine", "php"),
 }
 
 
@@ -98,8 +107,10 @@ class Row(NamedTuple):
     def settings(self, overrides: dict[str, Any]) -> knobs.Settings:
         """The settings of the row's training, with what was typed besides."""
         row = {"run": self.name, "data_dir": str(ROOT / "data" / self.data), "seed": self.seed}
-        settings = {**row, **RECIPES[self.recipe], **overrides}
-        stages = knobs.resolve(self.preset).stage_num
+        plain = knobs.resolve(self.preset)
+        recipe = {**RECIPES[self.recipe], **SAME_TIME.get((self.recipe, plain.network), {})}
+        settings = {**row, **recipe, **overrides}
+        stages = plain.stage_num if plain.network == "dsen" else 1
         if "grow" not in overrides:  # only as often as the number of stages can be halved
             settings["grow"] = tuple(
                 step for k, step in enumerate(reversed(settings.get("grow", ())), 1) if stages % 2**k == 0
@@ -107,26 +118,29 @@ class Row(NamedTuple):
         return knobs.resolve(self.preset, settings)
 
     @property
-    def paper(self) -> tuple[float, float]:
-        """PSNR and SSIM in the paper."""
+    def paper(self) -> str:
+        """PSNR and SSIM in the S-DSEN paper; "-" where it has no such row."""
+        if self.preset not in PAPER:
+            return "-"
         scores = PAPER[self.preset]
-        return scores[:2] if self.data == "rain100h" else scores[2:]
+        return "{:.2f} / {:.4f}".format(*(scores[:2] if self.data == "rain100h" else scores[2:]))
 
 
 def find_row(name: str) -> Row:
     """The row of a name. Raises UserError where there is none."""
     match = re.fullmatch(r"(.+)_(rain800|rain100h)(?:_([a-z]+))??(?:_seed(\d+))?", name)
-    if match and match[1] in PAPER and (match[3] or "paper") in RECIPES:
+    if match and match[1] in PRESETS and (match[3] or "paper") in RECIPES:
         return Row(match[1], match[2], match[3] or "paper", int(match[4] or 0))
     raise UserError(
         f"no row is called {name!r}: it is PRESET_DATA, as dsen_rain800, or PRESET_DATA_RECIPE_seedN; "
-        f"presets: {', '.join(PAPER)}; data: {', '.join(DATA)}; recipes: {', '.join(RECIPES)}"
+        f"presets: {', '.join(PRESETS)}; data: {', '.join(DATA)}; recipes: {', '.join(RECIPES)}"
     )
 
 
 def all_rows() -> list[Row]:
-    """The rows of the paper's tables, each once, and those that have a result or a checkpoint besides."""
-    return [Row(preset, data) for data in DATA for preset in PAPER]
+    """The rows of the tables, each once."""
+    presets = dict.fromkeys(preset for table in TABLES.values() for preset in table)
+    return [Row(preset, data) for data in DATA for preset in presets]
 
 
 def _to_words(values: dict[str, Any]) -> list[str]:
@@ -156,7 +170,7 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
     checkpoint = checkpoints.load(settings.model_path / "latest.pth")
     with open(settings.log_path / "test_best.csv") as file:
         images = list(csv.DictReader(file))
-    places = ["input", *(f"stage_{t}" for t in range(1, settings.stage_num + 1))]
+    places = [match[1] for column in images[0] if (match := re.fullmatch(r"psnr_(input|stage_\d+)", column))]
     scores = {
         place: {metric: _mean(float(image[f"{metric}_{place}"]) for image in images) for metric in METRICS}
         for place in places
@@ -331,7 +345,7 @@ def list_rows(overrides: dict[str, Any]) -> None:
             state = _scores(result)
         else:
             state = _state(Job(row, overrides))
-        log.info(f"{row.name:32}{row.paper[0]:>8.2f} {row.paper[1]:.4f}  {state}")
+        log.info(f"{row.name:32}{row.paper:>16}  {state}")
 
 
 def _state(job: Job) -> str:
@@ -360,12 +374,11 @@ def markdown() -> str:
             for data, data_name in DATA.items():
                 row = Row(preset, data)
                 start = [name, data_name]
-                paper = "{:.2f} / {:.4f}".format(*row.paper)
                 for result in found.get((preset, data), []):
-                    text.append("| " + " | ".join([*start, *_cells(result, paper)]) + " |")
+                    text.append("| " + " | ".join([*start, *_cells(result, row.paper)]) + " |")
                 if (preset, data) not in found:
                     text.append(
-                        "| " + " | ".join([*start, "no run yet", "", paper, "", "", "", f"`{row.name}`"]) + " |"
+                        "| " + " | ".join([*start, "no run yet", "", row.paper, "", "", "", f"`{row.name}`"]) + " |"
                     )
         text.append("")
     return "\n".join([*text, *_tried(), *_studies()])

@@ -1,9 +1,12 @@
-"""A whole image of any size through a network on a GPU: at once, or in windows of rows, as small as its memory asks.
+"""A whole image of any size through a network: at once, or in windows of rows, as small as the memory asks.
 
-What a stage makes of a row depends on `network.halo` rows to each side of it, and on the means of its features over the
-whole image. So a window is computed together with its halo, cut off afterwards, and the result is that of the whole
-image. Between the stages, features and states lie in the computer's own memory. On the CPU this is the way of the
-precisions that strips.py does not have.
+What a network makes of a row depends on some rows to each side of it, the halo. So a window is computed together with
+its halo, cut off afterwards, and the result is that of the whole image.
+
+`all_stages` takes a window through all stages of a network. `each_stage` takes all windows through one stage of DSEN
+after another: there the halo is that of a stage, `network.features_halo`, and a stage needs the means of its features
+over the whole image. Between the stages, features and states lie in the computer's own memory. On the CPU this is the
+way of the precisions that strips.py does not have.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,6 +49,44 @@ def each_stage(
         yield runner.rain_layer()
 
 
+def all_stages(
+    network: nn.Module, O: Tensor, stage_num: int, memory_gib: float, tick: Callable[[float], object]
+) -> Iterator[Tensor]:
+    """The same of any network; arguments as those of `Network.each_stage`."""
+    _, height, width = O.shape
+    halo, room = network.halo, Room(memory_gib)
+    room.reserve(4 * O.numel() * (stage_num + 3))  # rain layers, image, and what the caller makes of it
+    rows = height
+    if O.device.type == "cpu":
+        # Twice the halo keeps what is computed twice below the rest.
+        rows = max(CPU_PIXELS // width, 2 * (halo or height))
+        rows = max(LEAST_ROWS, min(rows, int(room.left / (network.pixel_bytes * width)) - 2 * (halo or 0)))
+    if halo is None:  # it can't be cut
+        rows = height
+    rain_layers = torch.empty(stage_num, *O.shape, dtype=O.dtype, device=O.device)
+    top = 0
+    while top < height:
+        low = high = None
+        if rows < height:
+            rows = max(network.stride, rows // network.stride * network.stride)
+            low, high = max(0, top - halo) // network.stride * network.stride, min(height, top + rows + halo)
+        found = _unless_out_of_memory(
+            lambda: network.forward(O[None, :, low:high], stage_num),  # noqa: B023
+            O.device,
+            rows <= LEAST_ROWS or halo is None,
+        )
+        if found is None:
+            rows = max(LEAST_ROWS, min(rows, height) // 2)
+            log.info(f"{width}x{height} pixels are too many for the memory of {O.device}: in windows of {rows} rows")
+            continue
+        end = min(top + rows, height)
+        for R, window in zip(rain_layers, found, strict=True):
+            R[:, top:end] = window[0, :, top - (low or 0) : end - (low or 0)]
+        tick((end - top) / height)
+        top = end
+    yield from rain_layers
+
+
 def _unless_out_of_memory(compute: Callable, device: torch.device, must: bool):
     """What `compute` returns; None where the device's memory is too small for that, unless it `must` do."""
     try:
@@ -69,7 +110,7 @@ class _Windows:
 
     def stage(self, first: bool, last: bool) -> Iterator[float]:
         """One stage; yields the share of its work done, after every window."""
-        height, halo = self.O.shape[1], self.network.halo
+        height, halo = self.O.shape[1], self.network.features_halo
         above = None if first else [state[:0] for state in self.states]  # the old states of the halo's rows
         top = 0
         while top < height:
@@ -100,7 +141,7 @@ class _Windows:
 
     def _window(self, top: int, end: int, above: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Rows `top` to `end` of the aggregated features and of the new states, each (rows, W, planes) on the CPU."""
-        halo = self.network.halo
+        halo = self.network.features_halo
         low, high = max(top - halo, 0), min(end + halo, self.O.shape[1])
         states: list[Tensor | None] = [None] * len(self.network.re_layer)
         if above:

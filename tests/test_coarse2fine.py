@@ -23,7 +23,7 @@ variants = pytest.mark.parametrize("arguments", [arguments for arguments, _, _ i
 
 def small(seed=0, **arguments):
     torch.manual_seed(seed)
-    return Coarse2Fine(**{"channel": 4, "layer_num": 3, "stage_num": 3, **arguments}).double()
+    return Coarse2Fine(**{"channel": 4, "depth": 3, "stage_num": 3, **arguments}).double()
 
 
 def rainy(*shape, seed=1):
@@ -62,11 +62,11 @@ def test_stages_share_all_but_the_outer_fusions(stage_num):
 
 
 @pytest.mark.parametrize(
-    ("channel", "layer_num", "parameters"),
+    ("channel", "depth", "parameters"),
     [(16, 12, 55321), (32, 4, 64089), (24, 6, 54825), (32, 9, 151289), (48, 4, 141081)],
 )
-def test_wider_and_deeper_blocks(channel, layer_num, parameters):
-    c, L = channel, layer_num
+def test_wider_and_deeper_blocks(channel, depth, parameters):
+    c, L = channel, depth
     block = sum(l * c * c for l in range(2, L + 1)) + L * (9 * c * c + c) + (L + 1) * c * c + c
     assert count_parameters(DCDCB(c, L, dilated=True, dense=True)) == block
     assert count_parameters(Coarse2Fine(c, L)) == parameters
@@ -201,9 +201,9 @@ def reach(network, height, width):
 
 
 @variants
-@pytest.mark.parametrize(("layer_num", "stage_num"), [(1, 1), (2, 2), (3, 2), (2, 3)])
-def test_halo_is_exact(arguments, layer_num, stage_num):
-    network = small(**{"layer_num": layer_num, "stage_num": stage_num, **arguments})
+@pytest.mark.parametrize(("depth", "stage_num"), [(1, 1), (2, 2), (3, 2), (2, 3)])
+def test_halo_is_exact(arguments, depth, stage_num):
+    network = small(**{"depth": depth, "stage_num": stage_num, **arguments})
     halo, beyond = network.halo, 3
     side = 2 * (halo + beyond) + 1
     inside = torch.zeros(side, side, dtype=torch.bool)

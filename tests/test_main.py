@@ -15,6 +15,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 import checkpoint as checkpoints
+import losses
 import main
 from common import ROOT, UserError
 from conftest import make_pair
@@ -260,11 +261,11 @@ def test_a_training_of_a_gpu_goes_on_here(places, tmp_path):
 def test_losses():
     O, B = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     R = O - B
-    for name, loss in main.LOSSES.items():
-        least = main.CHARBONNIER if name == "charbonnier" else 0
+    for name, loss in losses.STAGE_LOSSES.items():
+        least = losses.CHARBONNIER if name == "charbonnier" else 0
         assert loss(R, O, B).item() == pytest.approx(least, abs=1e-5), name
         assert loss(torch.zeros_like(R), O, B) > 0.01, name
-    assert main.LOSSES["mse"](torch.zeros_like(R), O, B) == pytest.approx(((O - B) ** 2).mean().item())
+    assert losses.STAGE_LOSSES["mse"](torch.zeros_like(R), O, B) == pytest.approx(((O - B) ** 2).mean().item())
 
 
 def test_clip_norm_bounds_the_step():
@@ -283,7 +284,7 @@ def test_clip_norm_bounds_the_step():
     assert lengths[1e-3] == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", main.LOSSES)
+@pytest.mark.parametrize("loss", losses.STAGE_LOSSES)
 def test_crops_in_pieces_give_the_whole_batchs_gradients(loss, monkeypatch):
     O, B = torch.rand(2, 5, 3, 16, 16)
     settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "loss": loss})
@@ -309,7 +310,7 @@ def test_accumulated_parts_give_the_whole_batchs_gradients(accumulate, parts, mo
     settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "accumulate": accumulate})
     torch.manual_seed(0)
     network, seen = main.model.build(settings), []
-    loss = sum(main.LOSSES["mse"](R, O, B) for R in network(O))
+    loss = sum(losses.STAGE_LOSSES["mse"](R, O, B) for R in network(O))
     wanted = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(network.parameters()))])
     network.register_forward_hook(lambda network, inputs, _: seen.append(len(inputs[0])))
     result = main.train_step(network, torch.optim.SGD(network.parameters(), lr=0.0), O, B, settings, False)
@@ -362,9 +363,9 @@ def test_the_last_stage_alone_is_trained():
 
 def test_charbonnier_is_absolute_far_from_zero_and_smooth_at_it():
     zero = torch.zeros(1, 3, 4, 4, requires_grad=True)
-    main.LOSSES["charbonnier"](zero, zero.detach(), zero.detach()).backward()
+    losses.STAGE_LOSSES["charbonnier"](zero, zero.detach(), zero.detach()).backward()
     assert torch.equal(zero.grad, torch.zeros_like(zero))
-    far = main.LOSSES["charbonnier"](torch.full((1, 3, 4, 4), 0.5), *torch.zeros(2, 1, 3, 4, 4))
+    far = losses.STAGE_LOSSES["charbonnier"](torch.full((1, 3, 4, 4), 0.5), *torch.zeros(2, 1, 3, 4, 4))
     assert far.item() == pytest.approx(0.5, abs=1e-5)
 
 

@@ -11,7 +11,7 @@ import model
 from conftest import GOLDEN
 from convolution import FilterKeeper
 from devices import autocast
-from model import DSEN, build, count_parameters, macs_per_pixel
+from model import DSEN, build, count_parameters
 from presets import PRESETS
 from settings import resolve
 from test_groupy import turn
@@ -32,6 +32,22 @@ PARAMETERS = {
     "sdsen_s2": 130998,
     "sdsen_s4": 130998,
     "sdsen_s6": 130998,
+    "coarse2fine": 17305,
+    "coarse2fine_no_dilation": 17305,
+    "coarse2fine_no_inner_dense": 13705,
+    "coarse2fine_no_outer_dense": 16579,
+    "coarse2fine_no_all_dense": 12979,
+    "coarse2fine_no_refinement": 14486,
+    "coarse2fine_single": 13760,
+    **{f"coarse2fine_s{T}": 16579 + sum(9 * t + 3 for t in range(2, T + 1)) for T in range(2, 17) if T != 12},
+    "coarse2fine_57k": 57186,
+    "coarse2fine_150k": 150727,
+    **dict.fromkeys(("php", "php_acc", "php_acc_col", "php_unfiltered", "php_wo_s", "php_wo_m", "php_wo_l"), 104086),
+    **dict.fromkeys(("php_standard", "php_parallel", "php_hierarchical", "php_concatenation"), 100246),
+    "php_non_local": 36226,
+    "php_no_pooling": 102758,
+    "php_max_pooling": 104054,
+    "php_one_network": 96627,
 }
 
 
@@ -90,8 +106,8 @@ def test_parameter_counts_are_the_papers(name):
 
 
 def test_cost_of_sdsen():
-    assert macs_per_pixel(build("sdsen")) == 8 * 493030  # 0.49 MMAC a pixel and stage
-    assert macs_per_pixel(build("cnn")) == 52113 - (4 * 20 + 20 + 20 + 430 + 3)  # weights of the convolutions
+    assert build("sdsen").macs_per_pixel() == 8 * 493030  # 0.49 MMAC a pixel and stage
+    assert build("cnn").macs_per_pixel() == 52113 - (4 * 20 + 20 + 20 + 430 + 3)  # weights of the convolutions
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -99,8 +115,9 @@ def test_every_preset_maps_any_size_and_learns(name):
     torch.manual_seed(3)  # with some seeds the SE block's ReLU passes nothing at first, and its layer has no gradient
     network = build(name)
     O = torch.rand(2, 3, 9, 14)
-    rain_layers = network(O, 2)
-    assert [R.shape for R in rain_layers] == [O.shape] * 2
+    stages = 2 if isinstance(network, DSEN) else network.output_num
+    rain_layers = network(O, stages)
+    assert [R.shape for R in rain_layers] == [O.shape] * stages
     sum(R.square().mean() for R in rain_layers).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
     assert network(torch.rand(1, 3, 1, 1))[-1].shape == (1, 3, 1, 1)

@@ -61,6 +61,37 @@ def test_direction(hard, turn):
         assert min(angles) < 0 < max(angles)
 
 
+@pytest.mark.parametrize("name", [name for name in STYLES if name.startswith("intensity")])
+def test_intensity_rain_falls_as_it_chose(name):
+    """Its generator's first choice is the direction and the radius that the rain is then drawn with."""
+    style, found = STYLES[name], {}
+    for seed in range(60):
+        angle, radius = style.choose(np.random.default_rng(seed))
+        layer = rain.render(200, 200, style, np.random.default_rng(seed))
+        assert direction(layer) == pytest.approx(angle, abs=3)
+        across = (layer > layer.max() / 2).astype(np.uint8)
+        _, _, boxes, _ = cv2.connectedComponentsWithStats(across)
+        found.setdefault(radius, []).append(np.median(boxes[1:, 4]))
+        assert angle in (0, 15, -15, 30, -30, 40, -40)
+    left_out = {"s": {0.2}, "m": {0.4, 0.6}, "l": {0.8, 1.0}}.get(name[-1] if "_wo_" in name else "", set())
+    assert set(found) == {0.2, 0.4, 0.6, 0.8, 1.0} - left_out
+    if 1.0 in found:  # the radius is the streaks' size; a blur below half a pixel is hardly any
+        assert np.mean(found[1.0]) > 1.2 * np.mean(found[min(found)])
+
+
+def test_draw_records_direction_and_radius(tmp_path):
+    for name in ("a", "b"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((60, 80, 3), 90, np.uint8))
+    rain.draw(tmp_path, tmp_path / "pairs", "intensity", 2, 5)
+    rows = (tmp_path / "pairs" / "drawn.csv").read_text().splitlines()
+    assert rows[0] == "image,degrees,radius"
+    assert [row.split(",")[0] for row in rows[1:]] == ["a_x1.png", "a_x2.png", "b_x1.png", "b_x2.png"]
+    for row in rows[1:]:
+        file, angle, _ = row.split(",")
+        joined = cv2.imread(str(tmp_path / "pairs" / file))[..., 0]
+        assert direction(cv2.subtract(joined[:, 80:], joined[:, :80])) == pytest.approx(float(angle), abs=8)
+
+
 def test_hard_streaks_have_their_length_and_end_square():
     layer = rain.render(400, 400, one_kind(True, length=30, width=1.0, coverage=0.01), np.random.default_rng(0))
     _, _, boxes, _ = cv2.connectedComponentsWithStats((layer > 2).astype(np.uint8))
@@ -118,6 +149,7 @@ FIGURES = {
     "rain100h": ((35, 65), (125, 190), (70, 95)),
     "rain100l": ((3.8, 7.5), (40, 75), (14, 23)),
     "rain800": ((9, 17), (38, 66), (40, 64)),
+    **dict.fromkeys(("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"), ((6, 11), (28, 75), (27, 52))),
 }
 
 
@@ -130,7 +162,7 @@ def test_figures_of_the_styles(name):
     for value, (lowest, highest) in zip(np.median(measured, axis=0), FIGURES[name], strict=True):
         assert lowest < value < highest
     angles = np.abs([direction(layer) for layer in layers])
-    assert np.percentile(angles, 95) < 28
+    assert np.percentile(angles, 95) < (43 if name.startswith("intensity") else 28)
     assert min(layer.max() for layer in layers) > 8  # no picture without rain
 
 

@@ -57,7 +57,7 @@ def test_overrides_are_typed():
     ("words", "message"),
     [
         (["--chanel", "3"], "unknown setting --chanel; the nearest is --channel"),
-        (["--qqq", "3"], "unknown setting --qqq; there are --channel, "),
+        (["--qqq", "3"], "unknown setting --qqq; there are --network, --channel, "),
         (["--steps", "1.5"], "--steps takes one whole number, got '1.5'"),
         (["--steps"], "--steps takes one whole number, got 'nothing'"),
         (["--use_se", "maybe"], "--use_se takes true or false"),

@@ -9,7 +9,8 @@ import model
 import strips
 from presets import PRESETS
 
-NETWORKS = [name for name in PRESETS if name not in ("cnn_da", "cnn_c4da", "sdsen_s2", "sdsen_s6", "sdsen", "mcnn")]
+OTHERS = ("cnn_da", "cnn_c4da", "sdsen_s2", "sdsen_s6", "sdsen", "mcnn")  # like one of the rest
+NETWORKS = [name for name, preset in PRESETS.items() if name not in OTHERS and "network" not in preset.differences]
 
 
 def make(preset: str, stage_num: int):
