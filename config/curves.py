@@ -51,7 +51,7 @@ class Curves:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
             self.writer = RecordWriter(str(folder / name))
         except OSError as error:
             raise self._failed(error) from None

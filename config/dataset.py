@@ -21,6 +21,7 @@ import ranks
 from backgrounds import find_twins, thumbnail
 from common import ROOT, UserError, in_terminal, log
 from image_io import list_images, read_image, read_pair, to_bgr8
+from losses import wants_labels
 from php import CLASSES
 from rain import STYLES, add_rain
 from settings import Settings
@@ -85,7 +86,7 @@ class CropDataset(Dataset):
         first = list_clean(Path(settings.clean_dir)) if settings.clean_dir else list_pairs(folder)
         self.paths = first + [path for more in settings.more_data for path in list_pairs(Path(more))]
         self.drawn_on = set(first if settings.rain else ())
-        self.labelled = settings.loss == "php" and any((path.parent / LABELS).is_dir() for path in self.paths)
+        self.labelled = wants_labels(settings) and any((path.parent / LABELS).is_dir() for path in self.paths)
         self.kept: dict[Path, Images] = {}
         excluded = {
             str(path): thumbnail(read_pair(path)[0]) for other in settings.exclude for path in list_pairs(Path(other))

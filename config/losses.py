@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cal_ssim
 from common import UserError, log
+from devices import without_autocast
 from php import Segmentation
 from settings import Settings
 
@@ -20,7 +21,7 @@ CHARBONNIER = 1e-3  # below this difference the loss is square, above it absolut
 FINE_CHARBONNIER = 1e-6  # the same in "php"
 LOWPASS = 9  # side of the Gaussian window, pixels
 IGNORED = 255  # label of the pixels that have none
-VGG_LAYERS = 16  # of VGG-16's features, to relu3_3
+VGG_CHANNELS = (64, 64, 0, 128, 128, 0, 256, 256, 256)  # of VGG-16's convolutions to relu3_3; 0: max pooling
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for its weights
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations that VGG's input is normalised by, RGB
 
@@ -48,7 +49,8 @@ class StageLoss(nn.Module):
         self.name, self.last_alone = name, last_alone
 
     def forward(self, rain_layers: list[Tensor], O: Tensor, B: Tensor, labels: Tensor | None = None) -> Terms:
-        losses = [STAGE_LOSSES[self.name](R, O, B) for R in rain_layers]
+        with without_autocast(O):  # SSIM is made of differences of nearly equal means
+            losses = [STAGE_LOSSES[self.name](R, O, B) for R in rain_layers]
         return {"loss": losses[-1] if self.last_alone else torch.stack(losses).sum(), **_by_stage(losses)}
 
 
@@ -92,7 +94,7 @@ class PHPLoss(nn.Module):
         super().__init__()
         self.sigma, self.refined = settings.lowpass_sigma, settings.refined
         self.colour_weight, self.segmentation_weight = settings.colour_weight, settings.segmentation_weight
-        self.segmentation = Segmentation() if labelled and self.segmentation_weight else None
+        self.segmentation = Segmentation() if labelled else None
 
     def forward(self, rain_layers: list[Tensor], O: Tensor, B: Tensor, labels: Tensor | None = None) -> Terms:
         """`labels` (N, H, W) int64 are the pixels' classes."""
@@ -125,8 +127,9 @@ def lowpass(images: Tensor, sigma: float) -> Tensor:
     window = torch.exp(-offsets.square() / (2 * sigma**2))
     window = (window / window.sum()).expand(images.shape[1], 1, 1, -1)
     images = F.pad(images, [LOWPASS // 2] * 4, mode="replicate")
-    images = F.conv2d(images, window, groups=images.shape[1])
-    return F.conv2d(images, window.transpose(2, 3), groups=images.shape[1])
+    with without_autocast(images):
+        images = F.conv2d(images, window, groups=images.shape[1])
+        return F.conv2d(images, window.transpose(2, 3), groups=images.shape[1])
 
 
 def colour_loss(images: Tensor, truth: Tensor) -> Tensor:
@@ -148,10 +151,15 @@ def vgg_features(weights: str) -> nn.Module | None:
             raise UserError(f"{path} is missing: vgg_weights is the file of torchvision's VGG-16")
         log.info(f"no weights of VGG-16 in {path}: its term of the loss is off; --vgg_weights names a file")
         return None
-    from torchvision.models import vgg16  # not at the top: it takes longer to import than all the rest
-
-    with torch.device("meta"):  # its classifier, which is not needed, has 500 MB
-        features = vgg16(weights=None).features[:VGG_LAYERS]
+    layers, inputs = [], 3
+    with torch.device("meta"):  # weights come from the file alone, and PyTorch's generator is left as it was
+        for channels in VGG_CHANNELS:
+            if channels:
+                layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU(inplace=True)]
+                inputs = channels
+            else:
+                layers.append(nn.MaxPool2d(2))
+    features = nn.Sequential(*layers)
     prefix = "features."
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -162,12 +170,17 @@ def vgg_features(weights: str) -> nn.Module | None:
     return features.requires_grad_(False).eval()
 
 
+def wants_labels(settings: Settings) -> bool:
+    """Whether the loss of a settings object has a term that compares pixels' labels."""
+    return settings.loss == "php" and settings.segmentation_weight > 0
+
+
 def build(settings: Settings, labelled: bool = False) -> nn.Module:
     """The loss of a settings object; `labelled`: the training pairs have labels."""
     if settings.loss == "coarse2fine":
         return Coarse2FineLoss(settings.refined, settings.vgg_weights)
     if settings.loss == "php":
-        if settings.segmentation_weight and not labelled:
+        if wants_labels(settings) and not labelled:
             log.info("no folder `label` beside the training pairs: the segmentation's term of the loss is off")
         return PHPLoss(settings, labelled)
     return StageLoss(settings.loss, settings.loss_stages == "last")

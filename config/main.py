@@ -111,8 +111,8 @@ def train_step(
 
     `criterion` is the loss, `losses.build`'s if None; it may take the pixels' `labels` (N, H, W). Returns `loss`, and
     where `scored`, the loss's other terms, `stage_t/psnr` and `stage_t/ssim`. A loss that is not finite leaves the
-    weights as they were. The crops go through the network in the
-    parts that `accumulate` asks for, on the CPU at most a few at a time; their gradients add up to the batch's.
+    weights as they were. The crops go through the network in the parts that `accumulate` asks for, on the CPU at most a
+    few at a time; their gradients add up to the batch's.
 
     Of several ranks, each has its part of the batch, `network` is DistributedDataParallel, whose gradients are the mean
     over the ranks, and the results are those of the whole batch.
@@ -237,6 +237,9 @@ class Trainer:
             log.info(f"begins with the weights of {source}")
             return
         self.step, self.best_psnr, self.seconds = start.step, start.best_psnr, start.seconds
+        if (start.criterion or {}).keys() != self._criterion_state().keys():
+            was = "with" if start.criterion else "without"
+            raise UserError(f"{source} was trained {was} labels, which is another loss: name another run with --run")
         if start.optimizer:
             for group in start.optimizer.get("param_groups", []):
                 group["fused"] = self.optimizer.defaults["fused"]  # the training may have begun on another device
@@ -245,10 +248,7 @@ class Trainer:
             except (ValueError, KeyError):
                 raise UserError(f"{source} holds an optimiser's state that is not Adam's of this network") from None
         if start.criterion:
-            try:
-                self.criterion.load_state_dict(start.criterion, strict=False)
-            except RuntimeError:
-                raise UserError(f"{source} holds the state of another loss: name another run with --run") from None
+            self.criterion.load_state_dict(start.criterion, strict=False)
         if self.averaged and start.average:
             self.averaged.module.load_state_dict(start.average)
             self.averaged.n_averaged += 1  # else the first step would overwrite it
@@ -306,7 +306,7 @@ class Trainer:
         settings = self.settings
         self.curves, log_file = NoCurves(), logging.NullHandler()
         if ranks.is_first():
-            write_bytes(settings.log_path / "settings.json", json.dumps(asdict(settings), indent=2).encode())
+            write_bytes(settings.log_path / "settings.json", json.dumps(asdict(self.asked), indent=2).encode())
             log_file = logging.FileHandler(settings.log_path / "train.log")
             log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             self._claim(log_file)
@@ -442,7 +442,8 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """A step may have spoilt the weights though its loss was finite: they must not replace a good checkpoint."""
-        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+        parameters = itertools.chain(self.network.parameters(), self.criterion.parameters())
+        if not all(parameter.isfinite().all() for parameter in parameters):
             raise self._not_finite(f"the weights are not finite after step {self.step}")
 
     def _not_finite(self, what: str) -> UserError:

@@ -179,7 +179,8 @@ def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> S
     """Defaults, then the preset, then the overrides. Raises UserError on an unknown name or an impossible value."""
     if preset not in presets.PRESETS:
         raise UserError(f"unknown preset {preset!r}{_nearest(preset, presets.PRESETS)}")
-    return replace(Settings(), {"run": preset, **presets.PRESETS[preset].differences, **(overrides or {})})
+    own = replace(Settings(), {"run": preset, **presets.PRESETS[preset].differences})
+    return replace(own, overrides or {})
 
 
 def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
@@ -190,6 +191,8 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
         _check_value(name, value)
     settings = dataclasses.replace(settings, **overrides)
     settings = dataclasses.replace(settings, **map_paths(settings, lambda path: str(ROOT / path)))
+    if settings.epochs and "steps" in overrides and "epochs" not in overrides:
+        raise UserError(f"this training counts {settings.epochs} epochs: say --epochs, or --epochs 0 with --steps")
     if settings.network == "dsen" and settings.depth < 4:
         raise UserError(f"depth must be at least 4 in DSEN, got {settings.depth}")
     if settings.network != "dsen" and settings.grow:

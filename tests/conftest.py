@@ -27,6 +27,20 @@ def make_pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     return B, O
 
 
+VGG_CHANNELS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256)}
+
+
+def write_vgg(path: Path) -> dict[str, torch.Tensor]:
+    """A file of VGG-16's first features with random weights, under torchvision's names; returns these weights."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for index, (inputs, outputs) in VGG_CHANNELS.items():
+        weight = torch.randn(outputs, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+        state[f"features.{index}.weight"] = weight
+        state[f"features.{index}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
+    torch.save({**state, "features.17.weight": torch.zeros(1), "classifier.0.weight": torch.zeros(2)}, path)
+    return state
+
+
 @pytest.fixture
 def data_dir(tmp_path) -> Path:
     """A data set of joined pairs: 5 to train, 3 to validate, 2 to test, of two sizes."""

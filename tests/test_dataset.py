@@ -41,7 +41,7 @@ def test_read_whole_pair(data_dir):
     assert torch.equal(O, to_tensor(joined[:, 48:]))
 
 
-@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
+@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns", "scale"])
 @pytest.mark.parametrize("style", ["", "rain100h"])
 def test_batches_do_not_depend_on_the_workers(data_dir, aug_data, style):
     values = {"aug_data": aug_data, "rain": style}
@@ -149,7 +149,7 @@ def test_crops_without_room_in_memory_are_the_same(data_dir):
     assert same([crops[i] for i in range(6)], [dataset(data_dir)[i] for i in range(6)])
 
 
-@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
+@pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns", "flip", "scale"])
 def test_crops_of_both_images_are_aligned(aug_data):
     """O = B + 40 everywhere, so their crops must differ by 40 everywhere, to the rounding of interpolation."""
     B, _ = make_pair(40, 50)
@@ -159,12 +159,23 @@ def test_crops_of_both_images_are_aligned(aug_data):
         assert np.abs(O.astype(int) - crop - 40).max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 50), (24, 24), (25, 60)])
-def test_turned_crops_hold_no_invented_border(height, width):
-    white = np.full((height, width, 3), 255, np.uint8)
-    for seed in range(50):
-        O, _ = random_crop((white, white), 24, "rotate", np.random.default_rng(seed))
-        assert O.min() == 255
+@pytest.mark.parametrize("aug_data", ["rotate", "scale"])
+@pytest.mark.parametrize(("height", "width"), [(40, 50), (24, 24), (25, 60), (24, 25)])
+def test_turned_crops_hold_no_invented_border(height, width, aug_data, monkeypatch):
+    """Nor does an image that is hardly larger than the crop keep it waiting."""
+    white, asked, reach = np.full((height, width, 3), 255, np.uint8), [], data._reach
+
+    def counted(*how):
+        asked.append(how)
+        assert len(asked) < 40, "an endless loop"
+        return reach(*how)
+
+    monkeypatch.setattr(data, "_reach", counted)
+    for seed in range(200):
+        crops = random_crop((white, white, white[..., 0]), 24, aug_data, np.random.default_rng(seed))
+        assert [crop.shape for crop in crops] == [(24, 24, 3), (24, 24, 3), (24, 24)]
+        assert min(crop.min() for crop in crops) == 255
+        asked.clear()
 
 
 def test_turning_turns_by_up_to_30_degrees():
@@ -178,6 +189,42 @@ def test_turning_turns_by_up_to_30_degrees():
     assert -31 < min(angles) < -25
     assert 25 < max(angles) < 31
     assert abs(np.mean(angles)) < 4
+
+
+def test_scale_turns_scales_and_mirrors():
+    """Two channels tell the place in the image that each pixel of a crop was taken from."""
+    y, x = np.mgrid[:120, :120]
+    image = np.stack([2 * x, 2 * y, x], 2).astype(np.uint8)
+    scales, angles, mirrored = [], [], []
+    for seed in range(200):
+        (crop,) = random_crop((image,), 32, "scale", np.random.default_rng(seed))
+        assert crop.shape == (32, 32, 3)
+        (x_down, x_right), (y_down, y_right) = (
+            [slope.mean() / 2 for slope in np.gradient(crop[..., channel].astype(float))] for channel in (0, 1)
+        )
+        area = x_right * y_down - x_down * y_right
+        mirrored.append(area < 0)
+        scales.append(abs(area) ** -0.5)
+        # Lengths and right angles are the image's, but for the scale.
+        assert np.hypot(x_right, y_right) * scales[-1] == pytest.approx(1, abs=0.02)
+        assert np.hypot(x_down, y_down) * scales[-1] == pytest.approx(1, abs=0.02)
+        angles.append(np.rad2deg(np.arctan2(-x_down if area > 0 else x_down, y_down)))
+    assert 0.69 < min(scales) < 0.73
+    assert 1.36 < max(scales) < 1.42
+    assert abs(np.mean(scales) - 1.05) < 0.05
+    assert -31 < min(angles) < -25
+    assert 25 < max(angles) < 31
+    assert 80 < sum(mirrored) < 120
+
+
+def test_flip_comes_about_as_often_as_not():
+    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0), 3, axis=2)
+    slopes = []
+    for seed in range(200):
+        crop, _ = random_crop((ramp, ramp), 8, "flip", np.random.default_rng(seed))
+        slopes.append(int(crop[0, 1, 0]) - int(crop[0, 0, 0]))
+    assert set(slopes) == {-1, 1}
+    assert 80 < slopes.count(1) < 120
 
 
 def test_quarter_turns_come_about_equally_often():
@@ -293,6 +340,128 @@ def test_clean_images_that_are_refused(data_dir, clean_dir, spoil, message):
     spoil(clean_dir)
     with pytest.raises(UserError, match=message):
         dataset(data_dir, rain="rain100h", clean_dir=str(clean_dir))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def classes(B):
+    """Labels that can be told from a clean image (.., H, W, 3): one of three, or none where it is bright."""
+    level = np.asarray(B)[..., 0].astype(int)
+    return np.select([level < 60, level < 110, level < 160], [18, 0, 7], 255).astype(np.uint8)
+
+
+@pytest.fixture
+def label_dir(data_dir):
+    """Labels of all pairs but the last."""
+    folder = data_dir / "train" / "label"
+    folder.mkdir()
+    for path in list_pairs(data_dir / "train")[:-1]:
+        cv2.imwrite(str(folder / path.name), classes(np.hsplit(cv2.imread(str(path)), 2)[0]))
+    return folder
+
+
+def labelled(data_dir, **values):
+    """Of training pairs, all with labels: crops (B, labels) as numpy, of 40 samples."""
+    (data_dir / "train" / "4.png").unlink()
+    crops = dataset(data_dir, loss="php", **values)
+    assert crops.labelled
+    for O, B, labels in (crops[sample] for sample in range(40)):
+        assert (O.dtype, B.dtype, labels.dtype) == (torch.uint8, torch.uint8, torch.int64)
+        assert (O.shape, labels.shape) == (B.shape, B.shape[1:])
+        yield B.permute(1, 2, 0).numpy(), labels.numpy()
+
+
+@pytest.mark.parametrize("style", ["", "rain100h"])
+@pytest.mark.parametrize("aug_data", ["none", "quarter_turns", "flip"])
+def test_labels_are_cut_and_turned_with_their_pair(data_dir, label_dir, aug_data, style):
+    seen = set()
+    for B, labels in labelled(data_dir, aug_data=aug_data, rain=style):
+        assert (labels == classes(B)).all()
+        seen |= set(np.unique(labels))
+    assert seen == {0, 7, 18, 255}
+
+
+@pytest.mark.parametrize("aug_data", ["rotate", "scale"])
+def test_labels_between_pixels_are_the_nearest_ones(aug_data):
+    """Where the image is its own place, labels are it too, to half a pixel and without bias; and they don't mix."""
+    for place in np.mgrid[:90, :90].astype(np.uint8):
+        crops = [
+            random_crop((np.stack([place] * 3, 2), place, place % 2 * 200), 32, aug_data, np.random.default_rng(seed))
+            for seed in range(50)
+        ]
+        away = np.array([labels.astype(float) - image[..., 0] for image, labels, _ in crops])
+        assert np.abs(away).max() <= 1  # the image is rounded, too
+        assert abs(away.mean()) < 0.02
+        assert set(np.unique([stripes for *_, stripes in crops])) == {0, 200}
+
+
+@pytest.mark.parametrize("aug_data", ["rotate", "scale"])
+def test_labels_of_turned_crops_are_those_of_their_pair(data_dir, label_dir, aug_data):
+    """But for pixels at the classes' edges."""
+    found = list(labelled(data_dir, aug_data=aug_data))
+    assert set(np.unique([labels for _, labels in found])) == {0, 7, 18, 255}
+    assert np.mean([(labels != classes(B)).mean() for B, labels in found]) < 0.08
+    assert np.mean([(labels[:, ::-1] != classes(B)).mean() for B, labels in found]) > 0.3
+
+
+def test_labels_of_clean_images_lie_beside_them(data_dir, clean_dir):
+    (clean_dir / "label").mkdir()
+    cv2.imwrite(str(clean_dir / "label" / "a.png"), np.full((30, 20), 3, np.uint8))
+    crops = dataset(data_dir, loss="php", rain="intensity", clean_dir=str(clean_dir))
+    found = {(int(B.max()), *labels.unique().tolist()) for _, B, labels in (crops[sample] for sample in range(4))}
+    assert found == {(60, 3), (220, 255)}
+
+
+def test_a_missing_label_is_255_all_over(data_dir, label_dir):
+    crops = dataset(data_dir, loss="php")
+    without = list_pairs(data_dir / "train").index(data_dir / "train" / "4.png")
+    ignored = [bool((crops[sample][2] == 255).all()) for sample in range(5)]
+    assert ignored == [index == without for index in data._order(SETTINGS.seed, 0, 5)]
+
+
+@pytest.mark.parametrize("style", ["", "rain100h"])
+def test_labels_do_not_depend_on_the_workers_nor_on_the_memory(data_dir, label_dir, style):
+    values = {"loss": "php", "aug_data": "scale", "rain": style}
+    wanted = batches(data_dir, **values)
+    assert [len(batch) for batch in wanted] == [3] * SETTINGS.steps
+    assert same(wanted, batches(data_dir, **values, num_workers=2))
+    assert same(wanted, batches(data_dir, **values, cache_gib=0.0))
+    assert same(wanted[4:], batches(data_dir, first_step=4, **values))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((40, 96)), "2.png must be a grey 8-bit image of 48x40 pixels"),
+        (np.zeros((40, 48, 3)), "2.png must be a grey 8-bit image"),
+        (np.zeros((40, 48), np.uint16), "2.png must be a grey 8-bit image"),
+        (np.full((40, 48), 19), "2.png has labels that are none of 0 to 18 and 255"),
+        (np.full((40, 48), 254), "2.png has labels that are none of 0 to 18 and 255"),
+        (None, "2.png is no image that can be read"),
+    ],
+)
+def test_labels_that_are_refused(data_dir, label_dir, image, message):
+    """At the start, and only where they are trained on."""
+    if image is None:
+        (label_dir / "2.png").write_text("text")
+    else:
+        cv2.imwrite(str(label_dir / "2.png"), image if image.dtype == np.uint16 else image.astype(np.uint8))
+    with pytest.raises(UserError, match=message):
+        dataset(data_dir, loss="php")
+    for values in ({"loss": "mse"}, {"loss": "php", "segmentation_weight": 0.0}):
+        crops = dataset(data_dir, **values)
+        assert not crops.labelled
+        assert len(crops[0]) == 2
+
+
+def test_without_a_folder_there_are_no_labels(data_dir):
+    crops = dataset(data_dir, loss="php")
+    assert not crops.labelled
+    assert len(crops[0]) == 2
+
+
+# ---------------------------------------------------------------- bad input
 
 
 def test_missing_and_empty_folders(tmp_path):

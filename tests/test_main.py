@@ -17,8 +17,10 @@ from tensorboardX.proto.event_pb2 import Event
 import checkpoint as checkpoints
 import losses
 import main
+import show
 from common import ROOT, UserError
-from conftest import make_pair
+from conftest import make_pair, write_vgg
+from dataset import list_pairs
 from presets import PRESETS
 from settings import resolve
 
@@ -395,6 +397,193 @@ def test_average_is_the_moving_one(places, tmp_path):
     w1, w2, w3 = (read(tmp_path, f"step_{step}").network["dec.3.weight"] for step in (1, 2, 3))
     expected = 0.75 * (0.75 * w1 + 0.25 * w2) + 0.25 * w3
     assert (read(tmp_path, "latest").average["dec.3.weight"] - expected).abs().max() < 1e-7
+
+
+# ---------------------------------------------------------------- the other networks
+
+OTHERS = {
+    "coarse2fine": "-p coarse2fine --stage_num 2 --depth 2 --channel 4".split(),
+    "php": "-p php --epochs 0 --milestones 3".split(),
+}
+TINY = "--patch_size 16 --batch_size 2 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def no_vgg(tmp_path, monkeypatch):
+    """No weights in torchvision's cache."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def label_dir(data_dir):
+    """Labels of all training pairs: the clean image's dark, middle and bright pixels, of which the latter have none."""
+    folder = data_dir / "train" / "label"
+    folder.mkdir()
+    for path in list_pairs(data_dir / "train"):
+        level = cv2.imread(str(path))[:, :48, 0]
+        cv2.imwrite(str(folder / path.name), np.select([level < 80, level < 140], [0, 18], 255).astype(np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_train_and_test_and_show(places, tmp_path, name):
+    call("-a", "train", *OTHERS[name], *TINY, *LONG, *places, "--steps", 2)
+    call("-a", "test", *places, "-m", name)
+    rows = read_csv(tmp_path / "log_dir" / name / "test_best.csv")
+    outputs = {"coarse2fine": 3, "php": 2}[name]
+    columns = [column for column in rows[0] if column.startswith("psnr_stage")]
+    assert columns == [f"psnr_stage_{t}" for t in range(1, outputs + 1)]
+    assert show.main(["-m", name, "--all-stages", *places]) == 0
+    for row in rows:
+        truth = cv2.imread(str(tmp_path / "data" / "test" / row["image"]))[:, :48].astype(float)
+        stem = row["image"].removesuffix(".png")
+        for t in range(1, outputs + 1):
+            shown = cv2.imread(str(tmp_path / "show_dir" / name / f"{stem}_stage{t}.png"))
+            psnr = 10 * np.log10(255**2 / np.mean((shown - truth) ** 2))
+            assert float(row[f"psnr_stage_{t}"]) == pytest.approx(psnr, abs=1e-4)
+    curves = scalars(tmp_path / "log_dir" / name)
+    assert [value for _, value in curves["train/lr"]] == pytest.approx([1e-3, 1e-3])
+    assert f"val/stage_{outputs}/ssim" in curves
+    assert f"val/stage_{outputs + 1}/ssim" not in curves
+
+
+@pytest.mark.parametrize(("name", "labels"), [("coarse2fine", False), ("php", False), ("php", True)])
+def test_other_networks_resume_bit_for_bit(places, tmp_path, label_dir, name, labels):
+    """With Adam's moments, and the segmentation network that is trained along."""
+    if not labels:
+        shutil.rmtree(label_dir)
+    words = ["-a", "train", *OTHERS[name], *TINY, *LONG, *places, "--milestones", 3]
+    call(*words, "--run", "broken", "--steps", 2)
+    call("-a", "train", *places, "--run", "broken", "--steps", 4)
+    call(*words, "--run", "unbroken", "--steps", 4)
+    broken, unbroken = (read(tmp_path, "latest", run) for run in ("broken", "unbroken"))
+    half = read(tmp_path, "step_2", "unbroken")
+    assert same_state(broken, unbroken)
+    assert broken.criterion.keys() == unbroken.criterion.keys()
+    assert all(torch.equal(weight, unbroken.criterion[key]) for key, weight in broken.criterion.items())
+    assert len(unbroken.optimizer["state"]) == len(unbroken.network) + len(unbroken.criterion)
+    assert (sum(weight.numel() for weight in broken.criterion.values()) == 96899) == labels
+    if labels:
+        key = "segmentation.pyramids.stem.0.weight"
+        assert not torch.equal(broken.criterion[key], half.criterion[key])
+    assert not same_state(half, unbroken)
+
+
+def test_a_training_with_labels_does_not_go_on_without_them(places, tmp_path, label_dir):
+    call("-a", "train", *OTHERS["php"], *TINY, *LONG, *places, "--steps", 1)
+    before = files(tmp_path / "model_dir")
+    shutil.rmtree(label_dir)
+    with pytest.raises(UserError, match="was trained with labels, which is another loss"):
+        call("-a", "train", *places, "-p", "php", "--epochs", 0, "--milestones", 3, "--steps", 2)
+    assert files(tmp_path / "model_dir") == before
+    # Its weights alone are enough to begin another one.
+    call("-a", "export", "-m", "php/latest", *places[:2], "--run", "alone")
+    alone = checkpoints.load(tmp_path / "model_dir" / "alone.pth")
+    assert (alone.criterion, alone.optimizer, alone.settings.network) == (None, None, "php")
+    call("-a", "train", "-m", "alone", *OTHERS["php"], *TINY, *LONG, *places, "--steps", 1, "--lr", 0, "--run", "again")
+    again = read(tmp_path, "latest", "again")
+    assert all(torch.equal(again.network[key], weight) for key, weight in alone.network.items())
+
+
+def test_terms_of_the_loss_are_curves(places, tmp_path, label_dir):
+    vgg = tmp_path / "vgg.pth"
+    write_vgg(vgg)
+    call("-a", "train", *OTHERS["php"], *TINY, *LONG, *places, "--steps", 3)
+    call("-a", "train", *OTHERS["coarse2fine"], *TINY, *LONG, *places, "--steps", 3, "--vgg_weights", vgg)
+    stages = [f"stage_{t}/{metric}" for t in (1, 2, 3) for metric in ("loss", "psnr", "ssim")]
+    always = {"loss", "lr", "images_per_second", "wait_share"}
+    for name, terms, factors in (
+        ("php", {"colour", "segmentation", *stages[:6]}, {"colour": 0.1, "segmentation": 0.05}),
+        ("coarse2fine", {"l1", "vgg", *stages}, {}),
+    ):
+        curves = scalars(tmp_path / "log_dir" / name)
+        train = {tag.removeprefix("train/"): points for tag, points in curves.items() if tag.startswith("train/")}
+        assert train.keys() == always | terms
+        summed = {term: 1 for term in terms if term.endswith("/loss")} | factors
+        for index in range(3):
+            assert [points[index][0] for points in train.values()] == [index + 1] * len(train)
+            parts = sum(factor * train[term][index][1] for term, factor in summed.items())
+            assert train["loss"][index][1] == pytest.approx(parts, rel=1e-5)
+            assert min(train[term][index][1] for term in terms) > 0
+    train = {key: train[key][0][1] for key in ("l1", "vgg", "stage_3/loss")}
+    assert train["l1"] + train["vgg"] == pytest.approx(train["stage_3/loss"], rel=1e-5)
+    assert read(tmp_path, "latest", "coarse2fine").criterion == {}  # VGG's are in their own file
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_first_step_in_bf16(places, tmp_path, label_dir, name):
+    first = {}
+    for run, words in (
+        ("float32", ["--precision", "float32"]),
+        ("bf16", ["--precision", "bf16", "--checkpoint_activations", "true", "--accumulate", 2]),
+    ):
+        call("-a", "train", *OTHERS[name], *TINY, *LONG, *places, *words, "--steps", 1, "--run", run)
+        first[run] = {tag: points[0][1] for tag, points in scalars(tmp_path / "log_dir" / run).items()}
+    terms = {"loss", *(["colour", "segmentation"] if name == "php" else ["l1"]), "stage_1/loss", "stage_2/loss"}
+    found, wanted = ({term: values[f"train/{term}"] for term in terms} for values in (first["bf16"], first["float32"]))
+    # Parts of a batch have their own mean over the pixels that have labels.
+    assert found.pop("segmentation", 0) == pytest.approx(wanted.pop("segmentation", 0), rel=0.2)
+    assert found == pytest.approx(wanted, rel=0.01)
+    assert found["loss"] != wanted["loss"]
+
+
+def test_epochs_are_counted_in_steps():
+    settings = resolve("php", {"batch_size": 4, "epochs": 3, "milestones": (1, 2), "steps": 77})
+    found = main.in_steps(settings, 10)
+    assert (found.epochs, found.steps, found.milestones) == (0, 9, (3, 6))
+    assert main.in_steps(settings, 12).steps == 9
+    assert main.in_steps(settings, 13).steps == 12
+    in_steps = resolve("sdsen", {"steps": 77})
+    assert main.in_steps(in_steps, 10) == in_steps
+
+
+def test_a_run_of_one_epoch_ends_behind_it_and_goes_on_for_more(places, tmp_path, capsys):
+    """Five images, two a step."""
+    words = ["-a", "train", "-p", "php_acc", *TINY, *LONG, *places, "--milestones", 1]
+    call(*words, "--epochs", 1)
+    first = read(tmp_path, "latest", "php_acc")
+    assert (first.step, first.settings.epochs, first.settings.milestones) == (3, 1, (1,))
+    capsys.readouterr()
+    call("-a", "train", "-p", "php_acc", *places, "--epochs", 1, "--milestones", 1)
+    assert "run php_acc has had its 3 steps; more with --epochs" in capsys.readouterr().out
+    assert same_state(read(tmp_path, "latest", "php_acc"), first)
+    call("-a", "train", "-p", "php_acc", *places, "--epochs", 2, "--milestones", 1)
+    assert read(tmp_path, "latest", "php_acc").step == 6
+    rates = [value for _, value in scalars(tmp_path / "log_dir" / "php_acc")["train/lr"]]
+    assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_accumulated_parts_of_other_networks_give_the_whole_batchs_gradients(name, monkeypatch):
+    monkeypatch.setattr(main, "PIECE_PIXELS", 10**6)
+    O, B = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found, seen = [], []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        values = {"stage_num": 2, "depth": 2, "channel": 4} if name == "coarse2fine" else {}
+        settings = resolve(name, {**values, "accumulate": accumulate})
+        network = main.model.build(settings)
+        network.register_forward_hook(lambda network, inputs, _: seen.append(len(inputs[0])))
+        result = main.train_step(network, torch.optim.SGD(network.parameters(), lr=0.0), O, B, settings, True)
+        found.append((result, torch.cat([parameter.grad.flatten() for parameter in network.parameters()])))
+    (whole, gradient), (parts, other) = found
+    assert seen == [5, 3, 2]
+    assert ("colour" if name == "php" else "l1") in whole
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_clip_norm_bounds_the_network_and_the_segmentation_together():
+    settings = resolve("php", {"clip_norm": 1e-3, "segmentation_weight": 5.0})
+    torch.manual_seed(0)
+    both = torch.nn.ModuleList([main.model.build(settings), losses.build(settings, True)])
+    before = torch.nn.utils.parameters_to_vector(both.parameters())
+    labels = torch.randint(19, (2, 16, 16))
+    optimizer = torch.optim.SGD(both.parameters(), lr=1.0)
+    main.train_step(both[0], optimizer, *torch.rand(2, 2, 3, 16, 16), settings, False, both[1], labels)
+    step = torch.nn.utils.parameters_to_vector(both.parameters()) - before
+    assert step.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert step[-96899:].norm() > 1e-5  # the segmentation's part
 
 
 # ---------------------------------------------------------------- interruption

@@ -23,6 +23,7 @@ import ranks
 import show
 from common import ROOT, UserError, run_script
 from conftest import make_pair
+from dataset import list_pairs
 from test_main import read_csv, scalars
 
 FULL = "-p sdsen_s2 --batch_size 4 --patch_size 64".split()
@@ -261,6 +262,25 @@ def test_uneven_batches_are_those_of_one_process(folder, run, words):
     for name in ("train/loss", "train/stage_1/psnr", "train/stage_1/ssim", "val/stage_1/psnr"):
         found, wanted = (curve(folder, f"{run}_{count}", name) for count in ("two", "one"))
         assert len(found) == (2 if name.startswith("val") else 4)
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_segmentation_that_is_trained_along_is_that_of_one_process(folder):
+    """It is not within DistributedDataParallel. All pixels have labels: each process takes the mean of its own."""
+    (folder / "data" / "train" / "label").mkdir()
+    for path in list_pairs(folder / "data" / "train"):
+        level = cv2.imread(str(path))[:, :80, 0]
+        cv2.imwrite(str(path.parent / "label" / path.name), np.where(level < 100, 18, 7).astype(np.uint8))
+    words = "-p php --epochs 0 --milestones 3 --batch_size 5 --patch_size 16 --lr 1e-5 --val_images 1".split()
+    train_in_ranks(folder, 2, "labels_two", *words, "--steps", 3)
+    alone(folder, "labels_one", *words, "--steps", 3)
+    two, one, earlier = read(folder, "labels_two"), read(folder, "labels_one"), read(folder, "labels_one", "step_2")
+    assert same_training(two, one)
+    segmentations = [torch.cat([w.flatten() for w in state.criterion.values()]) for state in (two, one, earlier)]
+    assert (segmentations[0] - segmentations[1]).abs().max() < 1e-6
+    assert (segmentations[2] - segmentations[1]).abs().max() > 5e-6
+    for name in ("segmentation", "colour", "loss"):
+        found, wanted = (curve(folder, f"labels_{count}", f"train/{name}") for count in ("two", "one"))
         assert found == pytest.approx(wanted, rel=1e-5)
 
 

@@ -85,6 +85,7 @@ def test_words_that_are_refused(words, message):
         ({"lr": float("inf")}, "lr must be at least 0"),
         ({"link": "concatenate"}, "link can't be 'concatenate'; the nearest is concat"),
         ({"milestones": (5, 3)}, "milestones must be rising"),
+        ({"network": "dsen", "depth": 3}, "depth must be at least 4"),
         ({"milestones": (0, 3)}, "milestones must be rising"),
         ({"milestones": ("3",)}, "milestones must be whole numbers"),
         ({"more_data": "folder"}, "more_data must be of type tuple"),
@@ -148,3 +149,11 @@ def test_every_knob_says_what_it_is():
 def test_growth_and_average_that_are_not_possible(overrides, message):
     with pytest.raises(UserError, match=message):
         resolve("sdsen", overrides)
+
+
+def test_steps_of_a_training_that_counts_epochs_are_refused():
+    with pytest.raises(UserError, match="counts 250 epochs"):
+        resolve("php", {"steps": 10})
+    settings = resolve("php", {"steps": 10, "epochs": 0, "milestones": (5,)})
+    assert (settings.steps, settings.epochs) == (10, 0)
+    assert from_dict(to_dict(resolve("php"))).epochs == 250
