@@ -22,7 +22,7 @@ from common import ROOT, Parser, UserError, log, run_script, set_up_log
 
 COMMON = (
     "--stage_num 2 --batch_size 4 --loss ssim_l1 --clip_norm 1 --lr 5e-4 --warmup 20 --average 0.98 --steps 300 "
-    "--save_steps 150 --val_images 10"
+    "--save_steps 150 --val_images 10 --precision bf16"
 ).split()
 TRIALS = {  # beside COMMON
     "ssim_l1": "",

@@ -70,11 +70,11 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**values)
 
 
-def export(source: Path, path: Path) -> Checkpoint:
+def export(source: Path, path: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Write what is needed to use the network of `source`, not to go on with its training: weights and settings.
 
-    The weights are the averaged ones where there are any. Folders that lie outside the repository, which say something
-    of one machine only, are left out. Raises UserError as `load` and `save` do.
+    The weights are the averaged ones where there are any; `overrides` change its settings. Folders that lie outside the
+    repository, which say something of one machine only, are left out. Raises UserError as `load` and `save` do.
     """
     whole = load(source)
     if not whole.settings:
@@ -82,7 +82,8 @@ def export(source: Path, path: Path) -> Checkpoint:
     stages = whole.stages or whole.settings.stage_num
     places = knobs.map_paths(whole.settings, lambda place: place if Path(place).is_relative_to(ROOT) else "")
     places = {name: tuple(filter(None, v)) if isinstance(v, tuple) else v for name, v in places.items()}
-    settings = knobs.replace(whole.settings, {**places, "stage_num": stages, "grow": (), "run": path.stem})
+    changes = {**places, "stage_num": stages, "grow": (), **overrides, "run": path.stem}
+    settings = knobs.replace(whole.settings, changes)
     save(path, Checkpoint(whole.average or whole.network, whole.step, settings))
     return whole
 

@@ -580,14 +580,20 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
 
 
 def export(name: str, overrides: dict[str, Any]) -> None:
-    """`-a export`: what using a trained network takes, as one small file in model_dir that `-m` takes by its name."""
+    """`-a export`: what using a trained network takes, as one small file in model_dir that `-m` takes by its name.
+
+    Of the settings that can be typed, `run` is that name, and `data_dir` what it is tested on by itself.
+    """
+    strange = overrides.keys() - {"run", "data_dir", "model_dir", "log_level"}
+    if strange:
+        raise UserError(f"-a export takes --run, --data_dir and --model_dir, not --{min(strange)}")
     settings = knobs.resolve(overrides=overrides)
     source = checkpoints.find(name, Path(settings.model_dir))
     own = source.stem if source.parent == Path(settings.model_dir) else source.parent.name
     path = Path(settings.model_dir) / f"{overrides.get('run', own)}.pth"
     if path.is_file() and not overrides.get("run"):
         raise UserError(f"{path} is there already: name another with --run, or this one to replace it")
-    step = checkpoints.export(source, path).step
+    step = checkpoints.export(source, path, {name: overrides[name] for name in ("data_dir",) if name in overrides}).step
     data = path.read_bytes()
     log.info(f"{source} (step {step}): {len(data) / 1000:.0f} kB\n{hashlib.sha256(data).hexdigest()}  {path.name}")
 

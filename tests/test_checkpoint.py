@@ -117,7 +117,7 @@ def test_export_is_the_network_and_its_settings_alone(tmp_path):
     folders = {"data_dir": "/elsewhere", "exclude": ("/elsewhere", str(ROOT / "data" / "test")), "grow": (3,)}
     trained.settings, trained.stages = replace(SETTINGS, {**folders, "stage_num": 4}), 2
     checkpoints.save(tmp_path / "run" / "latest.pth", trained)
-    checkpoints.export(tmp_path / "run" / "latest.pth", tmp_path / "small.pth")
+    checkpoints.export(tmp_path / "run" / "latest.pth", tmp_path / "small.pth", {})
     values = torch.load(tmp_path / "small.pth", weights_only=True)
     assert [values[name] for name in ("optimizer", "random", "average", "device")] == [None, None, None, ""]
     assert b"elsewhere" not in (tmp_path / "small.pth").read_bytes()
@@ -128,7 +128,7 @@ def test_export_is_the_network_and_its_settings_alone(tmp_path):
         assert torch.equal(read.network[name], value)
     torch.save({"net": trained.network, "clock": 1}, tmp_path / "published")
     with pytest.raises(UserError, match="holds no settings"):
-        checkpoints.export(tmp_path / "published", tmp_path / "x.pth")
+        checkpoints.export(tmp_path / "published", tmp_path / "x.pth", {})
 
 
 def test_find(tmp_path, monkeypatch):

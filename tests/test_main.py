@@ -228,7 +228,10 @@ def test_published_checkpoint_goes_on(places, tmp_path):
 
 def test_export_makes_a_file_that_test_and_training_take_by_its_name(places, tmp_path, capsys):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", "2", "--average", "0.5", "--run", "mine")
-    call("-a", "export", "-m", "mine/latest", *places[:2], "--run", "small")
+    call("-a", "export", "-m", "mine/latest", *places[:2], "--run", "small", "--data_dir", "")
+    assert checkpoints.load(tmp_path / "model_dir" / "small.pth").settings.data_dir == ""
+    with pytest.raises(UserError, match="not --lr"):
+        call("-a", "export", "-m", "mine/latest", *places[:2], "--lr", 1)
     data = (tmp_path / "model_dir" / "small.pth").read_bytes()
     assert f"{hashlib.sha256(data).hexdigest()}  small.pth" in capsys.readouterr().out
     call("-a", "test", "-m", "mine/latest", *places)
