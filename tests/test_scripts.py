@@ -149,7 +149,14 @@ def test_explore_serves_the_page_to_this_machine_only(tree):
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}  # no DISPLAY: no browser is opened
     with socket.create_server(("127.0.0.1", 8000)) if _free(8000) else socket.socket():  # 8000 is taken, by whomever
         server = subprocess.Popen(
-            [tree / "explore.sh"], cwd="/", env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [tree / "explore.sh"],
+            cwd="/",
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Tests that run in a shell's background would hand on to it that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             address = server.stdout.readline().split()[0]
