@@ -29,7 +29,7 @@ part() {  # name, command...
     part "the same, rain drawn while training" "$python" "$root/bench/trainings.py" run --device "$device" \
         --steps "$((steps / 4 > 1 ? steps / 4 : 2))" --batch_size "$batch" --compile off --rain rain100h
     part "images in bf16" "$python" "$root/bench/trainings.py" outputs --device "$device" \
-        -m "$root/models/sdsen_s2_rain800_small/latest.pth"
+        -m "$root/models/sdsen_rain800.pth"
     part "PSNR of bf16 and float32" "$python" "$root/bench/trainings.py" curve --device "$device" --steps "$curve" \
         --batch_size "$small"
     printf '\n== done after %d s\n' "$SECONDS"

@@ -2,7 +2,7 @@
 
     python bench/trainings.py run --device cuda --steps 1000      # seconds of the paper's training, from a part of it
     python bench/trainings.py curve --device cuda --steps 2000    # PSNR by step, float32 beside bf16
-    python bench/trainings.py outputs --device cuda -m sdsen_s2_rain800_small    # images in bf16 against float32
+    python bench/trainings.py outputs --device cuda -m sdsen_rain800    # images in bf16 against float32
 
 Trainings run through main.py in processes of their own, on the built-in set unless --data_dir names another, and leave
 nothing behind. Words that are none of the arguments below go to main.py: `curve --batch_size 4 -p dsen`.

@@ -21,14 +21,13 @@ import ranks
 from backgrounds import find_twins, thumbnail
 from common import ROOT, UserError, in_terminal, log
 from image_io import list_images, read_image, read_pair, to_bgr8
-from losses import wants_labels
+from losses import IGNORED, wants_labels
 from php import CLASSES
 from rain import STYLES, add_rain
 from settings import Settings
 
 Images = tuple[np.ndarray, ...]  # B, then O unless rain is drawn on it, (H, W, 3) uint8, then labels (H, W) if any
 LABELS = "label"  # folder of them beside the pairs
-UNLABELLED = 255
 SCALES = (0.7, 1.4)  # of aug_data "scale"
 TURNS = 30.0  # degrees to either side for aug_data "rotate", section 3.2
 
@@ -211,12 +210,12 @@ def read_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     file = path.parent / LABELS / f"{path.stem}.png"
     if not file.is_file():
-        return np.full(shape, UNLABELLED, np.uint8)
+        return np.full(shape, IGNORED, np.uint8)
     labels = read_image(file)
     if labels.shape != shape or labels.dtype != np.uint8:
         raise UserError(f"{file} must be a grey 8-bit image of {shape[1]}x{shape[0]} pixels, as its pair's halves are")
-    if not ((labels < CLASSES) | (labels == UNLABELLED)).all():
-        raise UserError(f"{file} has labels that are none of 0 to {CLASSES - 1} and {UNLABELLED}")
+    if not ((labels < CLASSES) | (labels == IGNORED)).all():
+        raise UserError(f"{file} has labels that are none of 0 to {CLASSES - 1} and {IGNORED}")
     return labels
 
 

@@ -593,7 +593,8 @@ def export(name: str, overrides: dict[str, Any]) -> None:
     path = Path(settings.model_dir) / f"{overrides.get('run', own)}.pth"
     if path.is_file() and not overrides.get("run"):
         raise UserError(f"{path} is there already: name another with --run, or this one to replace it")
-    step = checkpoints.export(source, path, {name: overrides[name] for name in ("data_dir",) if name in overrides}).step
+    changes = {name: value for name, value in overrides.items() if name == "data_dir"}
+    step = checkpoints.export(source, path, changes).step
     data = path.read_bytes()
     log.info(f"{source} (step {step}): {len(data) / 1000:.0f} kB\n{hashlib.sha256(data).hexdigest()}  {path.name}")
 

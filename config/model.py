@@ -204,22 +204,10 @@ class DSEN(Network):
         layers = (m for m in self.modules() if isinstance(m, (GroupConv2d, nn.Conv2d)))
         return self.stage_num * sum(m.weight.numel() * getattr(m, "out_orientations", 1) for m in layers)
 
-    @torch.no_grad()
-    def each_stage(
-        self,
-        O: Tensor,
-        stage_num: int | None = None,
-        memory_gib: float = 0.0,
-        tick: Callable[[float], object] = lambda share: None,
-    ) -> Iterator[Tensor]:
-        """The rain layers R_t (3, H, W), one after another, of one rainy image `O` (3, H, W) of any size.
-
-        As `Network.each_stage`, but on the CPU faster than `forward`. On a GPU, an image for which its memory is too
-        small goes through in parts, whose states lie in the computer's memory.
-        """
+    def whole_image(self, O: Tensor) -> Callable[..., Iterator[Tensor]]:
+        """On the CPU strips, which are faster than `forward`; else, and in bf16, windows, a stage after another."""
         plain = O.dtype == self.pre_layer.conv0.weight.dtype == torch.float32 and autocast_dtype(O) is None
-        way = strips if O.device.type == "cpu" and plain else windows
-        yield from way.each_stage(self, O, stage_num or self.stage_num, memory_gib, tick)
+        return (strips if O.device.type == "cpu" and plain else windows).each_stage
 
 
 CLASSES = {"dsen": DSEN, "coarse2fine": Coarse2Fine, "php": PHP}

@@ -35,6 +35,10 @@ class Network(nn.Module):
             return part
         return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, context_fn=context_fn)
 
+    def whole_image(self, O: Tensor) -> Callable[..., Iterator[Tensor]]:
+        """The function that `each_stage` takes the image `O` (3, H, W) through the network by."""
+        return windows.all_stages
+
     @torch.no_grad()
     def each_stage(
         self,
@@ -49,7 +53,7 @@ class Network(nn.Module):
         what is free. A rain layer is the caller's to overwrite. `tick` hears the share of the work done since its last
         call.
         """
-        yield from windows.all_stages(self, O, stage_num or self.output_num, memory_gib, tick)
+        yield from self.whole_image(O)(self, O, stage_num or self.output_num, memory_gib, tick)
 
     def macs_per_pixel(self) -> int:
         """Multiply-accumulates of the convolutions for each pixel of the image, all stages."""

@@ -25,7 +25,7 @@ LEAST_ROWS = 8
 def each_stage(
     network: nn.Module, O: Tensor, stage_num: int, memory_gib: float, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
-    """The rain layers R_t (3, H, W), one after another, of `O` (3, H, W); arguments as those of `DSEN.each_stage`.
+    """The rain layers R_t (3, H, W), one after another, of `O` (3, H, W); arguments as those of `Network.each_stage`.
 
     Raises the device's own error where its memory is too small for a few rows.
     """
