@@ -19,13 +19,16 @@ from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, w
 
 Range = tuple[float, float]
 
+FINE = 3  # hard streaks are drawn on so many columns to a pixel, as they lie anywhere between the pixels
+
 
 @dataclass(frozen=True)
 class Streaks:
     """One kind of streaks. Every set of this kind draws its own values from these ranges.
 
-    Hard streaks are single noise pixels drawn out to lines: their brightness is constant, they end square and add up
-    where they cross. Soft streaks are blurred noise of which only what exceeds a threshold is left: they taper.
+    Hard streaks are single noise pixels drawn out to lines: their brightness is constant and they end square. Soft
+    streaks are blurred noise of which only what exceeds a threshold is left: they taper. A set has a brightness that it
+    doesn't exceed, however many of its streaks overlap; sets add up.
     """
 
     hard: bool
@@ -34,7 +37,9 @@ class Streaks:
     length: Range  # pixels, log-uniform
     width: Range  # pixels, uniform: the full width of a hard streak; the blur of a soft one's noise at half its height
     coverage: Range  # share of the pixels, 0..1, uniform, that one set covers before shearing smooths its edges
-    level: Range  # grey levels, log-uniform: of hard streaks the mean of a line, of soft ones that of what they cover
+    level: Range  # grey levels, log-uniform: of hard streaks the brightest, of soft ones the mean of what they cover
+    peak: Range = (99.0, 99.0)  # of soft streaks, log-uniform: the brightest, in multiples of the level
+    taper: float = 0.35  # of soft streaks: the share of their length over which they rise, and fall
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,15 @@ class IntensityRain:
 
 # Fitted until `compare` printed two like columns and the pictures looked alike side by side.
 STYLES = {
-    # To 18 real pairs: up to eight sets that overlap; nearly every picture mixes hard and soft ones.
+    # To 18 real pairs: nearly every picture mixes hard lines, dense, dim and about 100 pixels long, with soft ones that
+    # are brighter and lean otherwise.
     "rain100h": RainStyle(
-        angle=10,
-        strength=(0.85, 1.15),
+        angle=13,
+        strength=(0.6, 1.2),
         streaks=(
-            Streaks(True, (0, 5), (0, 12), (40, 160), (1.2, 2.1), (0.17, 0.42), (34, 70)),
-            Streaks(False, (1, 2), (0, 14), (25, 120), (1.2, 2.0), (0.2, 0.45), (18, 42)),
-            Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20)),  # faint, across the others
+            Streaks(True, (1, 2), (0, 10), (90, 170), (0.9, 2.2), (0.2, 0.6), (45, 85)),
+            Streaks(False, (1, 3), (0, 13), (90, 200), (1.2, 2.8), (0.24, 0.45), (50, 95), (0.9, 2.8), 0.12),
+            Streaks(True, (0, 2), (20, 45), (25, 60), (1.0, 1.6), (0.02, 0.1), (10, 30)),  # faint, across the others
         ),
     ),
     # To published figures: one direction, sparse and soft.
@@ -124,9 +130,13 @@ def _set(height: int, width: int, angle: float, kind: Streaks, level: float, rng
     """
     length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
     across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
-    draw = _hard_streaks if kind.hard else _soft_streaks
-    canvas = draw(height, _canvas_width(height, width, angle), length, across, rng.uniform(*kind.coverage), level, rng)
-    return _shear(canvas, width, angle, rng)
+    size = (height, _canvas_width(height, width, angle))
+    if kind.hard:
+        canvas = _hard_streaks(*size, length, across, rng.uniform(*kind.coverage), rng)
+    else:
+        canvas = _soft_streaks(*size, length, across, rng.uniform(*kind.coverage), kind.taper, rng)
+        canvas = np.minimum(canvas, _log_uniform(kind.peak, rng))
+    return _shear(level * canvas, width, angle, rng)
 
 
 def _canvas_width(height: int, width: int, angle: float) -> int:
@@ -156,28 +166,31 @@ def _intensity_rain(height: int, width: int, style: IntensityRain, rng: np.rando
 
 
 def _hard_streaks(
-    height: int, width: int, length: int, across: float, coverage: float, level: float, rng: np.random.Generator
+    height: int, width: int, length: int, across: float, coverage: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(height, width) float32: vertical lines of one length, each of one brightness, that add up where they overlap."""
+    """(height, width) float32: vertical lines of one length, each of one brightness, that add up to 1 at most."""
     rows = height + length  # the canvas is longer than the image, so that streaks enter it from outside
-    count = rng.poisson(-log1p(-coverage) * rows * width / (length * across))
-    # Brightness varies from line to line as what exceeds a threshold in noise does.
-    brightness = level * (0.65 + 0.35 * rng.standard_exponential(count, dtype=np.float32))
-    lines = np.zeros((rows, width), np.float32)
-    lines.reshape(-1)[rng.integers(0, rows * width, count)] = brightness
+    fine = max(1, round(FINE * across))
+    count = rng.poisson(-log1p(-coverage) * rows * width * FINE / (length * fine))
+    lines = np.zeros((rows, width * FINE), np.uint8)
+    lines.reshape(-1)[rng.integers(0, lines.size, count)] = rng.integers(140, 256, count, dtype=np.uint8)
+    # Sums of bytes saturate at 255: that is what keeps a set from exceeding its brightness.
     lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
-    edge = (across - 1) / 2
-    return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))
+    lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)
+    return cv2.resize(lines, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
 
 
 def _soft_streaks(
-    height: int, width: int, length: int, across: float, coverage: float, level: float, rng: np.random.Generator
+    height: int, width: int, length: int, across: float, coverage: float, taper: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(height, width) float32: noise blurred along and across, less the threshold that `coverage` of it exceeds."""
+    """(height, width) float32: noise blurred along and across, less the threshold that `coverage` of it exceeds.
+
+    Where it exceeds it, it is 1 in the mean.
+    """
     rows = height + length
     noise = rng.integers(0, 256, (rows, width), np.uint8)
     # Two boxes in a row give even tapers; one would give the ragged profile of a random walk.
-    first, second = max(1, round(0.65 * length)), max(1, round(0.35 * length))
+    first, second = max(1, round((1 - taper) * length)), max(1, round(taper * length))
     blurred = cv2.boxFilter(cv2.boxFilter(noise, cv2.CV_32F, (1, first)), -1, (1, second))
     blurred = blurred[length // 2 : length // 2 + height]
     blur = cv2.getGaussianKernel(2 * ceil(across) + 1, across / 2.355)  # 2.355 sigma is the width at half height
@@ -188,7 +201,7 @@ def _soft_streaks(
     normal = NormalDist()
     threshold = normal.inv_cdf(1 - coverage)
     excess = normal.pdf(threshold) / coverage - threshold  # mean of a normal value over the threshold, in deviations
-    gain = level / (excess * deviation)
+    gain = 1 / (excess * deviation)
     return np.maximum(blurred * gain - (127.5 + threshold * deviation) * gain, 0)
 
 

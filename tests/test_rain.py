@@ -10,9 +10,9 @@ from image_io import read_pair
 from rain import STYLES, RainStyle, Streaks
 
 
-def one_kind(hard: bool, turn: float = 0, length=40, width=1.5, coverage=0.2, level=40.0) -> RainStyle:
+def one_kind(hard: bool, turn: float = 0, length=40, width=1.5, coverage=0.2, level=40.0, peak=99.0) -> RainStyle:
     """A style of one set of streaks in which only the places are random."""
-    kind = Streaks(hard, (1, 1), (turn, turn), (length,) * 2, (width,) * 2, (coverage,) * 2, (level,) * 2)
+    kind = Streaks(hard, (1, 1), (turn, turn), (length,) * 2, (width,) * 2, (coverage,) * 2, (level,) * 2, (peak,) * 2)
     return RainStyle(angle=0, streaks=(kind,))
 
 
@@ -99,9 +99,20 @@ def test_hard_streaks_have_their_length_and_end_square():
     inside[0] = False  # the background
     assert inside.sum() > 20
     assert np.median(boxes[inside, 3]) == 30
-    assert np.median(boxes[inside, 2]) == 2  # one pixel wide, between two columns
-    for left, top, width, height, _ in boxes[inside & (boxes[:, 3] == 30)]:
+    assert set(boxes[inside, 2]) >= {2, 3}  # one pixel wide, anywhere between the columns
+    alone = boxes[inside & (boxes[:, 3] == 30) & (boxes[:, 2] <= 3)]
+    for left, top, width, height, _ in alone:
         assert np.ptp(layer[top : top + height, left : left + width], axis=0).max() == 0  # constant along the streak
+        assert 0.54 * 40 - 2 < layer[top, left : left + width].sum() < 40 + 2  # one pixel's worth, over two or three
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_streaks_of_a_set_do_not_add_up_beyond_its_brightest(hard):
+    style = one_kind(hard, coverage=0.9, level=40 if hard else 32, peak=1.25)
+    layer = rain.render(300, 300, style, np.random.default_rng(0))
+    assert layer.max() == 40
+    assert (layer == 40).mean() > 0.1
+    assert rain.render(300, 300, one_kind(False, coverage=0.9, level=32), np.random.default_rng(0)).max() > 50
 
 
 @pytest.mark.parametrize("coverage", [0.2, 0.5])
