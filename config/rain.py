@@ -209,17 +209,24 @@ def _log_uniform(bounds: Range, rng: np.random.Generator) -> float:
     return float(np.exp(rng.uniform(*np.log(bounds))))
 
 
-FIGURES = ("mean of R", "90th percentile", "99th percentile", "% with R > 8", "% saturated")
+FIGURES = ("mean of R", "90th percentile", "99th percentile", "% with R > 8", "% saturated", "% corr. at 32 px")
 QUARTILES = (0, 25, 50, 75, 100)
 
 # Published figures of Rain100L's rain as (min, 25%, median, 75%, max) over its pictures; nan where none is given.
 PUBLISHED_RAIN100L = np.array(
-    [[1.7, nan, 5.4, nan, 16], [nan, nan, 19, nan, nan], [nan, nan, 58, nan, nan], [8, nan, 19, nan, 22], [nan] * 5]
+    [
+        [1.7, nan, 5.4, nan, 16],
+        [nan, nan, 19, nan, nan],
+        [nan, nan, 58, nan, nan],
+        [8, nan, 19, nan, 22],
+        [nan] * 5,
+        [nan] * 5,
+    ]
 )
 
 
 def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
-    """The FIGURES of one pair, (5,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
+    """The FIGURES of one pair, (6,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
     rain = _rain_layer(clean, rainy)
     return np.array(
         [
@@ -227,8 +234,29 @@ def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
             *np.percentile(rain, (90, 99)),
             100 * (rain > 8).mean(),
             100 * (rainy.min(axis=2) == 255).mean(),
+            100 * streak_correlation(clean, rainy),
         ]
     )
+
+
+def streak_correlation(clean: np.ndarray, rainy: np.ndarray, rows: int = 32) -> float:
+    """How long streaks are: the correlation of R with R `rows` pixels lower and to the side as far as it is highest.
+
+    To the side by 30 degrees at most. Pixels with a saturated channel are left out; nan where too few remain.
+    """
+    rain, known = _rain_layer(clean, rainy), rainy.max(axis=2) < 255
+    (height, width), reach = rain.shape, round(rows * tan(radians(30)))
+    if height <= rows or width <= reach:
+        return nan
+    highest = nan
+    for shift in range(-reach, reach + 1):
+        upper = np.s_[:-rows, max(0, -shift) : width - max(0, shift)]
+        lower = np.s_[rows:, max(0, shift) : width - max(0, -shift)]
+        both = known[upper] & known[lower]
+        first, second = rain[upper][both], rain[lower][both]
+        if both.sum() > 100 and first.std() and second.std():
+            highest = np.fmax(highest, np.corrcoef(first, second)[0, 1])
+    return float(highest)
 
 
 def angle_histogram(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
@@ -262,10 +290,10 @@ def compare(paths: list[Path], name: str, count: int, seed: int) -> str:
             drawn = add_rain(clean, STYLES[name], _generator(seed, path, number))
             rendered.append(measure(clean, drawn))
             rendered_angles.append(angle_histogram(clean, drawn))
-    real_quartiles, left = np.percentile(real, QUARTILES, axis=0).T, f"real ({len(real)} pairs)"
+    real_quartiles, left = _quartiles(real), f"real ({len(real)} pairs)"
     if name == "rain100l":
         real_quartiles, left = PUBLISHED_RAIN100L, "Rain100L's published figures"
-    rendered_quartiles = np.percentile(rendered, QUARTILES, axis=0).T
+    rendered_quartiles = _quartiles(rendered)
     columns = "".join(f"{column:>7}" for column in ("min", "25%", "50%", "75%", "max"))
     lines = [f"{'':16}  {left:>35}  {f'{name} ({len(rendered)} rendered)':>35}", f"{'':16}  {columns}  {columns}"]
     for figure, *rows in zip(FIGURES, real_quartiles, rendered_quartiles, strict=True):
@@ -277,6 +305,12 @@ def compare(paths: list[Path], name: str, count: int, seed: int) -> str:
     for title, shares in (("% of pairs", real_angles), (f"% of {name}", rendered_angles)):
         lines.append(f"{title:16}  " + "".join(f"{100 * share:>5.0f}" for share in np.mean(shares, axis=0)))
     return "\n".join(lines)
+
+
+def _quartiles(figures: list[np.ndarray]) -> np.ndarray:
+    """(figures, 5); nan for a figure that no picture has."""
+    known = (column[~np.isnan(column)] for column in np.array(figures).T)
+    return np.array([np.percentile(column, QUARTILES) if column.size else [nan] * 5 for column in known])
 
 
 def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bool = False) -> int:

@@ -194,7 +194,20 @@ def test_measure():
     rainy[:2] += 50
     rainy[9] = 255
     rainy[8] -= 40  # darker is no rain
-    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10])
+    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10, np.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(("turn", "length", "expected"), [(0, 2000, 1.0), (20, 2000, 1.0), (0, 64, 0.5), (20, 16, 0.0)])
+def test_streak_correlation_tells_the_length(turn, length, expected):
+    """Two points of one line, 32 rows apart: of a box of 64 pixels, half is shared."""
+    clean = np.full((400, 400, 3), 20, np.uint8)
+    rainy = rain.add_rain(clean, one_kind(True, turn, length, coverage=0.05, level=60), np.random.default_rng(0))
+    assert rain.streak_correlation(clean, rainy) == pytest.approx(expected, abs=0.1)
+    saturated = rainy.copy()
+    saturated[::5] = 255
+    assert rain.streak_correlation(clean, saturated) == pytest.approx(expected, abs=0.1)
+    assert np.isnan(rain.streak_correlation(clean[:32], rainy[:32]))
+    assert np.isnan(rain.streak_correlation(clean, clean))
 
 
 @pytest.fixture
