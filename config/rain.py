@@ -168,7 +168,7 @@ def _intensity_rain(height: int, width: int, style: IntensityRain, rng: np.rando
 def _hard_streaks(
     height: int, width: int, length: int, across: float, coverage: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(height, width) float32: vertical lines of one length, each of one brightness, that add up to 1 at most."""
+    """(height, width) float32: vertical lines of one length, each as bright as 0.55 to 1, that add up to 1 at most."""
     rows = height + length  # the canvas is longer than the image, so that streaks enter it from outside
     fine = max(1, round(FINE * across))
     count = rng.poisson(-log1p(-coverage) * rows * width * FINE / (length * fine))
