@@ -494,6 +494,10 @@ class Trainer:
 def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> None:
     """`-a train`: begin a run, or go on with it where it has a checkpoint."""
     settings = knobs.resolve(preset or "sdsen", overrides)
+    run, _, file = (name or "").partition("/")
+    own = Path(settings.model_dir) / run / "latest.pth"
+    if run and file in ("", "latest", "latest.pth") and not preset and "run" not in overrides and own.is_file():
+        name, settings = None, knobs.replace(settings, {"run": run})  # it goes on with the run that -m names
     latest = settings.model_path / "latest.pth"
     source, start = ranks.from_first(lambda: _find_start(settings, latest, name))
     if start and start.settings:

@@ -774,6 +774,14 @@ def test_training_from_anothers_weights_needs_a_run_of_its_own(places, tmp_path)
     assert read(tmp_path, "latest").step == 1
 
 
+def test_a_run_that_is_named_as_checkpoint_goes_on_in_its_place(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--run", "mine", "--steps", 1)
+    call("-a", "train", *places, "-m", "mine", "--steps", 2)
+    call("-a", "train", *places, "-m", "mine/latest", "--steps", 3)
+    assert read(tmp_path, "latest", "mine").step == 3
+    assert not (tmp_path / "model_dir" / "sdsen").exists()
+
+
 def test_stages_can_be_added_but_not_unasked(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     old = read(tmp_path, "latest")
