@@ -104,8 +104,10 @@ class CropDataset(Dataset):
         if excluded:
             self._leave_out(set(find_twins(thumbs, excluded)))
         what = f"clean images, {settings.rain} rain drawn on their crops," if settings.rain else "training pairs"
-        more = f" and {' and '.join(settings.more_data)}" if settings.more_data else ""
-        log.info(f"{len(self.paths)} {what} from {first[0].parent}{more}, {len(self.kept)} of them kept in memory")
+        own, more = len(set(first).intersection(self.paths)), ""
+        if settings.more_data:
+            more = f" and {len(self.paths) - own} pairs from {' and '.join(settings.more_data)}"
+        log.info(f"{own} {what} from {first[0].parent}{more}, {len(self.kept)} of them kept in memory")
 
     def _leave_out(self, twins: set[Path]) -> None:
         self.paths = [path for path in self.paths if path not in twins]

@@ -48,14 +48,19 @@ def test_batches_do_not_depend_on_the_workers(data_dir, aug_data, style):
     assert same(batches(data_dir, **values), batches(data_dir, **values, num_workers=2))
 
 
-def test_more_data_are_trained_on_as_they_are_stored(data_dir, tmp_path):
-    """Beside images that rain is drawn on."""
+def test_more_data_are_trained_on_as_they_are_stored(data_dir, tmp_path, caplog):
+    """Beside images that rain is drawn on; the log counts them by themselves."""
+    caplog.set_level("INFO")
     (tmp_path / "more").mkdir()
     B, O = make_pair(40, 48, seed=70)
     cv2.imwrite(str(tmp_path / "more" / "far.png"), np.hstack([B, O]))
     with_more = dataset(data_dir, more_data=(str(tmp_path / "more"),), rain="rain100h", patch_size=40)
     names = [path.name for path in with_more.paths]
     assert names == [*(path.name for path in list_pairs(data_dir / "train")), "far.png"]
+    assert (
+        f"{len(names) - 1} clean images, rain100h rain drawn on their crops, from {data_dir / 'train'} and 1 pairs"
+        in caplog.text
+    )
     where = list(data._order(SETTINGS.seed, 0, len(names))).index(names.index("far.png"))
     rainy, clean = with_more[where]
     crops = [(to_tensor(O[:, x : x + 40]), to_tensor(B[:, x : x + 40])) for x in range(48 - 40 + 1)]
