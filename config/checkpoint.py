@@ -74,12 +74,15 @@ def export(source: Path, path: Path, overrides: dict[str, Any]) -> Checkpoint:
     """Write what is needed to use the network of `source`, not to go on with its training: weights and settings.
 
     The weights are the averaged ones where there are any; `overrides` change its settings. Folders that lie outside the
-    repository, which say something of one machine only, are left out. Raises UserError as `load` and `save` do.
+    repository, which say something of one machine only, are left out. Raises UserError as `load` and `save` do, and
+    for more stages than were trained.
     """
     whole = load(source)
     if not whole.settings:
         raise UserError(f"{source} is the published code's, which holds no settings: train on from it first")
     stages = whole.stages or whole.settings.stage_num
+    if overrides.get("stage_num", 0) > stages:
+        raise UserError(f"{source} was trained with {stages} stages: with more, its images come apart")
     places = knobs.map_paths(whole.settings, lambda place: place if Path(place).is_relative_to(ROOT) else "")
     places = {name: tuple(filter(None, v)) if isinstance(v, tuple) else v for name, v in places.items()}
     changes = {**places, "stage_num": stages, "grow": (), **overrides, "run": path.stem}

@@ -586,18 +586,21 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
 def export(name: str, overrides: dict[str, Any]) -> None:
     """`-a export`: what using a trained network takes, as one small file in model_dir that `-m` takes by its name.
 
-    Of the settings that can be typed, `run` is that name, and `data_dir` what it is tested on by itself.
+    Of the settings that can be typed, `run` is that name, `data_dir` what it is tested on by itself, and `stage_num`
+    with how many of its stages: those that validation found best.
     """
-    strange = overrides.keys() - {"run", "data_dir", "model_dir", "log_level"}
+    strange = overrides.keys() - {"run", "data_dir", "stage_num", "model_dir", "log_level"}
     if strange:
-        raise UserError(f"-a export takes --run, --data_dir and --model_dir, not --{min(strange)}")
+        raise UserError(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
     settings = knobs.resolve(overrides=overrides)
     source = checkpoints.find(name, Path(settings.model_dir))
     own = source.stem if source.parent == Path(settings.model_dir) else source.parent.name
     path = Path(settings.model_dir) / f"{overrides.get('run', own)}.pth"
     if path.is_file() and not overrides.get("run"):
         raise UserError(f"{path} is there already: name another with --run, or this one to replace it")
-    changes = {name: value for name, value in overrides.items() if name == "data_dir"}
+    changes = {name: value for name, value in overrides.items() if name in ("data_dir", "stage_num")}
+    if "stage_num" in changes:
+        open_network(None, str(source), changes)  # raises UserError where its stages don't share all weights
     step = checkpoints.export(source, path, changes).step
     data = path.read_bytes()
     log.info(f"{source} (step {step}): {len(data) / 1000:.0f} kB\n{hashlib.sha256(data).hexdigest()}  {path.name}")

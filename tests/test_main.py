@@ -248,6 +248,26 @@ def test_export_makes_a_file_that_test_and_training_take_by_its_name(places, tmp
         call("-a", "export", "-m", "small", *places[:2])
 
 
+def test_export_with_fewer_stages(places, tmp_path):
+    """The first of them: their scores are the same."""
+    call("-a", "train", *SMALL, *LONG, *places, "--stage_num", 3, "--steps", 1, "--run", "mine")
+    with pytest.raises(UserError, match="trained with 3 stages"):
+        call("-a", "export", "-m", "mine", *places[:2], "--run", "more", "--stage_num", 4)
+    call("-a", "export", "-m", "mine", *places[:2], "--run", "two", "--stage_num", 2)
+    call("-a", "test", "-m", "mine", *places)
+    call("-a", "test", "-m", "two", *places)
+    whole, two = (read_csv(tmp_path / "log_dir" / name) for name in ("mine/test_best.csv", "test_two.csv"))
+    assert [column for column in two[0] if column.startswith("psnr_stage")] == ["psnr_stage_1", "psnr_stage_2"]
+    assert [row["psnr_stage_2"] for row in two] == [row["psnr_stage_2"] for row in whole]
+
+
+def test_export_of_stages_with_weights_of_their_own(places):
+    """coarse2fine's outer fusions: the weights of eight stages are not those of two."""
+    call("-a", "train", "-p", "coarse2fine", *places, "--steps", 1, "--epochs", 0, "--patch_size", 16, "--run", "c2f")
+    with pytest.raises(UserError, match="c2f"):
+        call("-a", "export", "-m", "c2f", *places[:2], "--run", "two", "--stage_num", 2)
+
+
 def test_a_training_of_a_gpu_goes_on_here(places, tmp_path):
     """A CUDA GPU's Adam is fused, which the checkpoint's state of the optimiser says."""
     words = ["-a", "train", *SMALL, *LONG, *places]
