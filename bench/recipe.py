@@ -28,8 +28,11 @@ TRIALS = {  # beside COMMON
     "ssim_l1": "",
     "ssim": "--loss ssim",
     "mse": "--loss mse --clip_norm 0.1",
+    "charbonnier": "--loss charbonnier --clip_norm 0.1",
     "last": "--loss_stages last",
     "flip": "--aug_data flip",
+    "cosine": "--schedule cosine",
+    "no_average": "--average 0",
     "patch96": "--patch_size 96 --batch_size 2",
 }
 
