@@ -19,7 +19,7 @@ MODELS = ROOT / "models"
 SHIPPED = {  # name: preset, style of rain that it was trained for, dB that it must gain there
     "sdsen": ("sdsen_s4", "rain100h", 8.0),
     "sdsen_rain800": ("sdsen_s4", "rain800", 2.0),
-    "sdsen_rain100h": ("sdsen", "rain100h", 8.0),
+    "sdsen_rain100h": ("sdsen_s6", "rain100h", 8.0),
     "dsen_rain800": ("dsen", "rain800", 2.0),
 }
 
