@@ -141,8 +141,13 @@ class CropDataset(Dataset):
         rng = np.random.default_rng((settings.seed, *divmod(sample, settings.batch_size)))
         B, *others = random_crop(images, settings.patch_size, settings.aug_data, rng)
         labels = [torch.from_numpy(others.pop().astype(np.int64))] if self.labelled else []
-        # Drawn behind the turning, so that rain leans as the style says.
-        O = others[0] if others else add_rain(B, STYLES[settings.rain], rng)
+        if others:
+            O = others[0]
+        else:
+            # Drawn behind the turning, so that rain leans as the style says; as anywhere in a picture of this height.
+            above = int(rng.integers(len(images[0]) - settings.patch_size + 1))
+            below = len(images[0]) - settings.patch_size - above
+            O = add_rain(B, STYLES[settings.rain], rng, (above, below))
         return to_tensor(O), to_tensor(B), *labels
 
 

@@ -125,12 +125,13 @@ def train_step(
     all_labels = [None] * math.ceil(len(O) / count) if labels is None else labels.split(count)
     parts = list(zip(O.split(count), B.split(count), all_labels, strict=True))
     result: dict[str, float] = defaultdict(float)
+    stages = _truncated(settings, network, scored)
     optimizer.zero_grad(set_to_none=True)
     for index, (rainy, clean, classes) in enumerate(parts):
         is_last, share = index == len(parts) - 1, len(rainy) / batch
         with nullcontext() if is_last or ranks.count() == 1 else network.no_sync():
             with autocast(settings.precision, O.device):
-                rain_layers = network(rainy)
+                rain_layers = network(rainy, *stages)
                 terms = criterion(rain_layers, rainy, clean, classes)
             loss = share * terms.pop("loss")
             result["loss"] += loss.item()
@@ -150,6 +151,19 @@ def train_step(
         names = [name for name in result if name != "loss"]
         result |= dict(zip(names, ranks.total([result[name] for name in names]), strict=True))
     return result
+
+
+def _truncated(settings: Settings, network: nn.Module, scored: bool) -> tuple[int, int] | tuple[()]:
+    """Stages to run, and how many of them without gradients, if not all with: truncated backpropagation through time.
+
+    Where they are scored, all run, so that the curves show each of them.
+    """
+    stages = getattr(network, "module", network).stage_num if settings.backprop_stages else 0
+    if stages <= settings.backprop_stages:
+        return ()
+    last = stages - settings.backprop_stages
+    fixed = last if scored else int(torch.randint(last + 1, ()))
+    return fixed + settings.backprop_stages, fixed
 
 
 @torch.no_grad()
@@ -202,6 +216,8 @@ class Trainer:
     def __init__(self, settings: Settings, start: Checkpoint | None, source: Path | None):
         """From the beginning, or from checkpoint `start`, which was read from `source`. Writes nothing yet."""
         self.device = pick_device(settings.device)
+        if settings.backprop_stages and settings.backprop_stages >= settings.stage_num:
+            raise UserError(f"backprop_stages {settings.backprop_stages} is no part of {settings.stage_num} stages")
         if settings.batch_size < ranks.count():
             raise UserError(f"batch_size {settings.batch_size} is too small for {ranks.count()} processes")
         torch.manual_seed(settings.seed)

@@ -171,10 +171,11 @@ class DSEN(Network):
                 gathered = gathered * se.attention(gathered.mean((-2, -1)) if means is None else means)
             return last(activation(gathered))
 
-    def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
+    def forward(self, O: Tensor, stage_num: int | None = None, fixed: int = 0) -> list[Tensor]:
         """Rain layers [R_1, ..., R_T], each (N, 3, H, W), of rainy images `O` (N, 3, H, W) in [0, 1], any H and W.
 
-        `stage_num` stops after fewer stages, or goes on for more, than the network was made with.
+        `stage_num` stops after fewer stages, or goes on for more, than the network was made with. The first `fixed`
+        stages get no gradients, neither from their own rain layers nor from the stages behind them.
         """
         if O.dim() != 4 or O.shape[1] != 3:
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
@@ -189,8 +190,10 @@ class DSEN(Network):
                     filters.prepare()  # before the stages: what a stage does must not depend on which it is
                     module.prepared = (filters.filters, filters.bias) if compiled else None
             stage = self.repeated(stage, lambda: (nullcontext(), again()))
-            for _ in range(stage_num or self.stage_num):
+            for t in range(stage_num or self.stage_num):
                 R, states = stage(image, states)
+                if t < fixed:  # not under no_grad, where autocast would keep copies of the weights without gradients
+                    R, states = R.detach(), [state.detach() for state in states]
                 rain_layers.append(R)
                 image = O - R
         return rain_layers

@@ -18,6 +18,8 @@ from common import Parser, UserError, log, run_script, set_up_log
 from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, write_image
 
 Range = tuple[float, float]
+Rows = tuple[int, int]
+Borders = tuple[tuple[Range, int], ...]  # top and bottom of a picture: `Streaks.missing`, and how many rows away it is
 
 FINE = 3  # hard streaks are drawn on so many columns to a pixel, as they lie anywhere between the pixels
 
@@ -40,6 +42,9 @@ class Streaks:
     level: Range  # grey levels, log-uniform: of hard streaks the brightest, of soft ones the mean of what they cover
     peak: Range = (99.0, 99.0)  # of soft streaks, log-uniform: the brightest, in multiples of the level
     taper: float = 0.35  # of soft streaks: the share of their length over which they rise, and fall
+    # Shares of the streaks' length, at the picture's top and at its bottom, where none has its middle, of the rows from
+    # half a length outside the picture on: there rain is weaker. Empty: as dense as everywhere.
+    missing: tuple[Range, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,11 @@ STYLES = {
         angle=13,
         strength=(0.6, 1.2),
         streaks=(
-            Streaks(True, (1, 2), (0, 10), (90, 170), (0.9, 2.2), (0.2, 0.6), (45, 85)),
-            Streaks(False, (1, 3), (0, 13), (90, 200), (1.2, 2.8), (0.24, 0.45), (50, 95), (0.9, 2.8), 0.12),
+            Streaks(True, (1, 2), (0, 10), (90, 170), (0.9, 2.2), (0.2, 0.6), (45, 85), missing=((0, 0.4), (0.3, 1))),
+            Streaks(
+                *(False, (1, 3), (0, 13), (90, 200), (1.2, 2.8), (0.24, 0.45), (50, 95), (0.9, 2.8), 0.12),
+                missing=((0, 0.6), (0.2, 0.8)),
+            ),
             Streaks(True, (0, 2), (20, 45), (25, 60), (1.0, 1.6), (0.02, 0.1), (10, 30)),  # faint, across the others
         ),
     ),
@@ -103,8 +111,14 @@ STYLES = {
 }
 
 
-def render(height: int, width: int, style: RainStyle | IntensityRain, rng: np.random.Generator) -> np.ndarray:
-    """Draw one rain layer R, (height, width) uint8 in grey levels. The same generator state gives the same layer."""
+def render(
+    height: int, width: int, style: RainStyle | IntensityRain, rng: np.random.Generator, around: Rows = (0, 0)
+) -> np.ndarray:
+    """Draw one rain layer R, (height, width) uint8 in grey levels. The same generator state gives the same layer.
+
+    `around` is how many rows of the picture lie above and below what is drawn, where that is a part of it: at the
+    picture's own borders some styles are weaker.
+    """
     if isinstance(style, IntensityRain):
         return cv2.convertScaleAbs(_intensity_rain(height, width, style, rng))
     rain = np.zeros((height, width), np.float32)
@@ -114,27 +128,31 @@ def render(height: int, width: int, style: RainStyle | IntensityRain, rng: np.ra
         for _ in range(rng.integers(kind.sets[0], kind.sets[1] + 1)):
             turn = kind.turn[0] + (kind.turn[1] - kind.turn[0]) * rng.uniform() ** 2
             angle = main + turn * (-1, 1)[rng.integers(2)]
-            rain += _set(height, width, angle, kind, strength * _log_uniform(kind.level, rng), rng)
+            rain += _set(height, width, angle, kind, strength * _log_uniform(kind.level, rng), around, rng)
     return cv2.convertScaleAbs(rain)  # rounds, clips at 255
 
 
-def add_rain(clean: np.ndarray, style: RainStyle | IntensityRain, rng: np.random.Generator) -> np.ndarray:
-    """Rain on a clean image: `O = clip(B + R)`, both (H, W, 3) uint8."""
-    return cv2.add(clean, cv2.merge([render(*clean.shape[:2], style, rng)] * 3))  # cv2.add saturates at 255
+def add_rain(
+    clean: np.ndarray, style: RainStyle | IntensityRain, rng: np.random.Generator, around: Rows = (0, 0)
+) -> np.ndarray:
+    """Rain on a clean image, or on a part of one: `O = clip(B + R)`, both (H, W, 3) uint8; `around` as in `render`."""
+    return cv2.add(clean, cv2.merge([render(*clean.shape[:2], style, rng, around)] * 3))  # cv2.add saturates at 255
 
 
-def _set(height: int, width: int, angle: float, kind: Streaks, level: float, rng: np.random.Generator) -> np.ndarray:
+def _set(
+    height: int, width: int, angle: float, kind: Streaks, level: float, around: Rows, rng: np.random.Generator
+) -> np.ndarray:
     """One set, (height, width) float32: vertical streaks sheared by `angle` degrees; positive leans as "/" does.
 
     Filtering along the columns and shearing takes the same few milliseconds for every length, a turned kernel doesn't.
     """
     length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
     across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
-    size = (height, _canvas_width(height, width, angle))
+    size, borders = (height, _canvas_width(height, width, angle)), tuple(zip(kind.missing, around, strict=False))
     if kind.hard:
-        canvas = _hard_streaks(*size, length, across, rng.uniform(*kind.coverage), rng)
+        canvas = _hard_streaks(*size, length, across, rng.uniform(*kind.coverage), borders, rng)
     else:
-        canvas = _soft_streaks(*size, length, across, rng.uniform(*kind.coverage), kind.taper, rng)
+        canvas = _soft_streaks(*size, length, across, rng.uniform(*kind.coverage), kind.taper, borders, rng)
         canvas = np.minimum(canvas, _log_uniform(kind.peak, rng))
     return _shear(level * canvas, width, angle, rng)
 
@@ -166,7 +184,7 @@ def _intensity_rain(height: int, width: int, style: IntensityRain, rng: np.rando
 
 
 def _hard_streaks(
-    height: int, width: int, length: int, across: float, coverage: float, rng: np.random.Generator
+    height: int, width: int, length: int, across: float, coverage: float, borders: Borders, rng: np.random.Generator
 ) -> np.ndarray:
     """(height, width) float32: vertical lines of one length, each as bright as 0.55 to 1, that add up to 1 at most."""
     rows = height + length  # the canvas is longer than the image, so that streaks enter it from outside
@@ -174,14 +192,28 @@ def _hard_streaks(
     count = rng.poisson(-log1p(-coverage) * rows * width * FINE / (length * fine))
     lines = np.zeros((rows, width * FINE), np.uint8)
     lines.reshape(-1)[rng.integers(0, lines.size, count)] = rng.integers(140, 256, count, dtype=np.uint8)
+    _clear_borders(lines, 0, length, borders, rng)
     # Sums of bytes saturate at 255: that is what keeps a set from exceeding its brightness.
     lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
     lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)
     return cv2.resize(lines, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
 
 
+def _clear_borders(canvas: np.ndarray, value: int, length: int, borders: Borders, rng: np.random.Generator) -> None:
+    """Sets to `value` the first and last rows of `canvas`, which is `length` rows higher than what is drawn."""
+    for rows, (share, away) in zip((canvas, canvas[::-1]), borders, strict=False):
+        rows[: max(0, round(length * rng.uniform(*share)) - away)] = value
+
+
 def _soft_streaks(
-    height: int, width: int, length: int, across: float, coverage: float, taper: float, rng: np.random.Generator
+    height: int,
+    width: int,
+    length: int,
+    across: float,
+    coverage: float,
+    taper: float,
+    borders: Borders,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """(height, width) float32: noise blurred along and across, less the threshold that `coverage` of it exceeds.
 
@@ -189,6 +221,7 @@ def _soft_streaks(
     """
     rows = height + length
     noise = rng.integers(0, 256, (rows, width), np.uint8)
+    _clear_borders(noise, 128, length, borders, rng)
     # Two boxes in a row give even tapers; one would give the ragged profile of a random walk.
     first, second = max(1, round((1 - taper) * length)), max(1, round(taper * length))
     blurred = cv2.boxFilter(cv2.boxFilter(noise, cv2.CV_32F, (1, first)), -1, (1, second))
@@ -209,7 +242,16 @@ def _log_uniform(bounds: Range, rng: np.random.Generator) -> float:
     return float(np.exp(rng.uniform(*np.log(bounds))))
 
 
-FIGURES = ("mean of R", "90th percentile", "99th percentile", "% with R > 8", "% saturated", "% corr. at 32 px")
+FIGURES = (
+    "mean of R",
+    "90th percentile",
+    "99th percentile",
+    "% with R > 8",
+    "% saturated",
+    "% corr. at 32 px",
+    "% at the top",
+    "% at the bottom",
+)
 QUARTILES = (0, 25, 50, 75, 100)
 
 # Published figures of Rain100L's rain as (min, 25%, median, 75%, max) over its pictures; nan where none is given.
@@ -219,14 +261,13 @@ PUBLISHED_RAIN100L = np.array(
         [nan, nan, 19, nan, nan],
         [nan, nan, 58, nan, nan],
         [8, nan, 19, nan, 22],
-        [nan] * 5,
-        [nan] * 5,
+        *[[nan] * 5] * 4,
     ]
 )
 
 
 def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
-    """The FIGURES of one pair, (6,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
+    """The FIGURES of one pair, (8,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
     rain = _rain_layer(clean, rainy)
     return np.array(
         [
@@ -235,6 +276,7 @@ def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
             100 * (rain > 8).mean(),
             100 * (rainy.min(axis=2) == 255).mean(),
             100 * streak_correlation(clean, rainy),
+            *(100 * share for share in border_shares(clean, rainy)),
         ]
     )
 
@@ -257,6 +299,18 @@ def streak_correlation(clean: np.ndarray, rainy: np.ndarray, rows: int = 32) -> 
         if both.sum() > 100 and first.std() and second.std():
             highest = np.fmax(highest, np.corrcoef(first, second)[0, 1])
     return float(highest)
+
+
+def border_shares(clean: np.ndarray, rainy: np.ndarray, rows: int = 16) -> tuple[float, float]:
+    """The mean of R in the first and in the last `rows`, divided by its mean in the whole picture.
+
+    Pixels with a saturated channel are left out; nan where too few remain.
+    """
+    rain, known = _rain_layer(clean, rainy), rainy.max(axis=2) < 255
+    if not rain[known].any():
+        return nan, nan
+    first, last = (rain[part][known[part]] for part in (np.s_[:rows], np.s_[-rows:]))
+    return tuple(float(part.mean() / rain[known].mean()) if part.size > 100 else nan for part in (first, last))
 
 
 def angle_histogram(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:

@@ -122,6 +122,12 @@ class Settings:
     grow: tuple[int, ...] = knob(
         (), "steps at which the number of stages doubles, to stage_num at last; none: all from the start (paper)"
     )
+    backprop_stages: int = knob(
+        0,
+        "stages in a row that each step trains, drawn anew from all; those before them run without gradients, which "
+        "takes less time; 0: all (paper)",
+        minimum=0,
+    )
     average: float = knob(
         0.0,
         "decay of a moving average of the weights, which is then what is validated and tested; 0: off (paper)",
@@ -195,8 +201,11 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
         raise UserError(f"this training counts {settings.epochs} epochs: say --epochs, or --epochs 0 with --steps")
     if settings.network == "dsen" and settings.depth < 4:
         raise UserError(f"depth must be at least 4 in DSEN, got {settings.depth}")
-    if settings.network != "dsen" and settings.grow:
-        raise UserError(f"grow is for stages that share all weights, those of {settings.network} don't")
+    for name in ("grow", "backprop_stages"):
+        if settings.network != "dsen" and getattr(settings, name):
+            raise UserError(f"{name} is for stages that share all weights, those of {settings.network} don't")
+    if settings.backprop_stages == 1:
+        raise UserError("backprop_stages must be 0 or from 2 on: one stage can't learn what to pass on to the next")
     if settings.loss in NETWORKS and settings.loss != settings.network:
         raise UserError(f"loss {settings.loss} is that of the network {settings.loss}, not of {settings.network}")
     if settings.group == "z2" and settings.aggregation != "conv":

@@ -377,6 +377,34 @@ def test_stages_grow_to_their_number():
     assert main.stages_at(resolve("sdsen_s6"), 0) == 6
 
 
+def test_a_part_of_the_stages_is_trained_in_each_step(monkeypatch):
+    """Any two in a row of four, those before them fixed; in scored steps all four run."""
+    settings = resolve("sdsen_s4", {"channel": 2, "depth": 4, "backprop_stages": 2})
+    network = main.model.build(settings)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    calls, forward = [], network.forward
+    monkeypatch.setattr(network, "forward", lambda O, *stages: calls.append(stages) or forward(O, *stages))
+    images = torch.rand(2, 2, 3, 16, 16)
+    for _ in range(40):
+        assert main.train_step(network, optimizer, *images, settings, False).keys() == {"loss"}
+    assert set(calls) == {(2, 0), (3, 1), (4, 2)}
+    calls.clear()
+    assert "stage_4/psnr" in main.train_step(network, optimizer, *images, settings, True)
+    network.stage_num = 2  # not grown yet
+    assert "stage_3/psnr" not in main.train_step(network, optimizer, *images, settings, True)
+    assert calls == [(4, 2), ()]
+
+
+def test_run_that_trains_a_part_of_its_stages_resumes(places, tmp_path):
+    words = ["-a", "train", *SMALL, *LONG, *places, "--stage_num", 4, "--backprop_stages", 2, "--steps"]
+    call(*words, 3, "--run", "broken")
+    call(*words, 6, "--run", "broken")
+    call(*words, 6, "--run", "unbroken")
+    assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
+    with pytest.raises(UserError, match="backprop_stages 4 is no part of 4 stages"):
+        call(*words, 6, "--run", "other", "--backprop_stages", 4)
+
+
 def test_the_last_stage_alone_is_trained():
     settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "loss_stages": "last"})
     torch.manual_seed(0)

@@ -340,6 +340,7 @@ def test_settings_of_another_network_are_refused(preset, value):
         ("sdsen", {"loss": "coarse2fine"}, "loss coarse2fine is that of the network coarse2fine, not of dsen"),
         ("php", {"grow": (2,)}, "grow is for stages that share all weights, those of php don't"),
         ("coarse2fine", {"grow": (2,)}, "grow is for stages that share all weights, those of coarse2fine don't"),
+        ("php", {"backprop_stages": 2}, "backprop_stages is for stages that share all weights, those of php don't"),
     ],
 )
 def test_losses_and_growth_that_do_not_fit_are_refused(preset, values, message):

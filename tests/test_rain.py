@@ -1,5 +1,7 @@
 """Rain: its model O = clip(B + R), the geometry of streaks, the figures of the styles, the command line."""
 
+from statistics import NormalDist
+
 import cv2
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from image_io import read_pair
 from rain import STYLES, RainStyle, Streaks
 
 
-def one_kind(hard: bool, turn: float = 0, length=40, width=1.5, coverage=0.2, level=40.0, peak=99.0) -> RainStyle:
+def one_kind(hard, turn: float = 0, length=40, width=1.5, coverage=0.2, level=40.0, peak=99.0, missing=()) -> RainStyle:
     """A style of one set of streaks in which only the places are random."""
-    kind = Streaks(hard, (1, 1), (turn, turn), (length,) * 2, (width,) * 2, (coverage,) * 2, (level,) * 2, (peak,) * 2)
+    fixed = ((value, value) for value in (turn, length, width, coverage, level, peak))
+    kind = Streaks(hard, (1, 1), *fixed, missing=tuple((share, share) for share in missing))
     return RainStyle(angle=0, streaks=(kind,))
 
 
@@ -143,7 +146,8 @@ def test_a_crop_drawn_directly_has_the_figures_of_one_cut_from_a_picture(name):
         picture = rain.render(321, 481, STYLES[name], rng)
         top, left = rng.integers(321 - 63), rng.integers(481 - 63)
         cut.append(picture[top : top + 64, left : left + 64])
-        drawn.append(rain.render(64, 64, STYLES[name], np.random.default_rng([2, seed])))
+        around = (int(top), 321 - 64 - int(top))
+        drawn.append(rain.render(64, 64, STYLES[name], np.random.default_rng([2, seed]), around))
     figures = [
         [layers.mean(), *np.percentile(layers, (90, 99)), 100 * (layers > 8).mean()]
         for layers in map(np.array, (cut, drawn))
@@ -152,6 +156,38 @@ def test_a_crop_drawn_directly_has_the_figures_of_one_cut_from_a_picture(name):
     drawn = np.array(drawn, float)
     edges = [drawn[:, 0].mean(), drawn[:, -1].mean(), drawn[:, :, 0].mean(), drawn[:, :, -1].mean()]
     assert edges == pytest.approx([drawn.mean()] * 4, rel=0.06)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_rain_is_weaker_where_streaks_are_missing(hard):
+    """On the very borders a quarter and three quarters of the streaks' length; half a length inside nowhere."""
+    coverage = 0.05 if hard else 0.2
+    even, weak = (one_kind(hard, length=80, coverage=coverage, missing=missing) for missing in ((), (0.25, 0.75)))
+    even, weak = (
+        np.mean([rain.render(300, 300, style, np.random.default_rng(seed)).mean(1) for seed in range(150)], axis=0)
+        for style in (even, weak)
+    )
+    share = [weak[rows].mean() / even.mean() for rows in (np.s_[:4], np.s_[40:240], np.s_[-4:])]
+    if hard:  # of the 80 rows that a border's streaks have their middles in, a quarter above and three below
+        expected = [0.75, 1, 0.25]
+    else:  # the sum of less noise deviates less, and exceeds the threshold less often and by less
+        along = np.convolve(np.ones(52), np.ones(28))
+
+        def excess(taps):
+            deviation = np.sqrt((along[taps] ** 2).sum() / (along**2).sum())
+            over = NormalDist().inv_cdf(1 - coverage) / deviation
+            return deviation * (NormalDist().pdf(over) - over * NormalDist().cdf(-over))
+
+        expected = [excess(taps) / excess(np.s_[:]) for taps in (np.s_[20:], np.s_[:], np.s_[60:])]
+    assert share == pytest.approx(expected, abs=0.06)
+
+
+def test_a_part_of_a_picture_is_as_weak_as_it_lies():
+    style = one_kind(True, length=80, coverage=0.05, missing=(0.5, 0.5))
+    whole = np.mean([rain.render(200, 100, style, np.random.default_rng(seed)).mean(1) for seed in range(60)], axis=0)
+    for top in (0, 20, 70, 120):
+        drawn = [rain.render(80, 100, style, np.random.default_rng(seed), (top, 120 - top)) for seed in range(60)]
+        assert np.abs(np.mean(drawn, axis=(0, 2)) - whole[top : top + 80]).mean() < 0.12 * whole.mean()
 
 
 # Medians over pictures of: mean of R, its 99th percentile, % of pixels above 8 grey levels, each with room for chance.
@@ -194,7 +230,7 @@ def test_measure():
     rainy[:2] += 50
     rainy[9] = 255
     rainy[8] -= 40  # darker is no rain
-    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10, np.nan], nan_ok=True)
+    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10, *[np.nan] * 3], nan_ok=True)
 
 
 @pytest.mark.parametrize(("turn", "length", "expected"), [(0, 2000, 1.0), (20, 2000, 1.0), (0, 64, 0.5), (20, 16, 0.0)])
@@ -208,6 +244,19 @@ def test_streak_correlation_tells_the_length(turn, length, expected):
     assert rain.streak_correlation(clean, saturated) == pytest.approx(expected, abs=0.1)
     assert np.isnan(rain.streak_correlation(clean[:32], rainy[:32]))
     assert np.isnan(rain.streak_correlation(clean, clean))
+
+
+def test_border_shares_are_of_the_known_pixels():
+    clean = np.full((64, 50, 3), 20, np.uint8)
+    rainy = clean + np.uint8(40)
+    rainy[:16] -= 30
+    rainy[48:] += 40
+    rainy[48:56] = 255
+    mean = (16 * 10 + 32 * 40 + 8 * 80) / 56
+    assert rain.border_shares(clean, rainy) == pytest.approx((10 / mean, 80 / mean))
+    rainy[48:] = 255
+    assert np.isnan(rain.border_shares(clean, rainy)[1])
+    assert np.isnan(rain.border_shares(clean, clean)).all()
 
 
 @pytest.fixture

@@ -143,6 +143,7 @@ def test_every_knob_says_what_it_is():
     [
         ({"grow": (20, 10)}, "grow must be rising steps"),
         ({"grow": (10, 20), "stage_num": 6}, "doubles the stages 2 times, which can't end at 6"),
+        ({"backprop_stages": 1}, "backprop_stages must be 0 or from 2 on"),
         ({"average": 1.0}, "average is a decay below 1"),
     ],
 )
