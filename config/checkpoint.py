@@ -4,12 +4,13 @@ import dataclasses
 import io
 import pickle
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import settings as knobs
 from common import ROOT, UserError
@@ -70,12 +71,13 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**values)
 
 
-def export(source: Path, path: Path, overrides: dict[str, Any]) -> Checkpoint:
+def export(source: Path, path: Path, overrides: dict[str, Any], others: Sequence[Path] = ()) -> Checkpoint:
     """Write what is needed to use the network of `source`, not to go on with its training: weights and settings.
 
-    The weights are the averaged ones where there are any; `overrides` change its settings. Folders that lie outside the
-    repository, which say something of one machine only, are left out. Raises UserError as `load` and `save` do, and
-    for more stages than were trained.
+    The weights are the averaged ones where there are any, or the mean of these and those of the `others` ("model
+    soup"); `overrides` change the settings, which are those of `source`. Folders that lie outside the repository, which
+    say something of one machine only, are left out. Raises UserError as `load` and `save` do, for more stages than were
+    trained, and for others of another architecture.
     """
     whole = load(source)
     if not whole.settings:
@@ -85,10 +87,25 @@ def export(source: Path, path: Path, overrides: dict[str, Any]) -> Checkpoint:
         raise UserError(f"{source} was trained with {stages} stages: with more, its images come apart")
     places = knobs.map_paths(whole.settings, lambda place: place if Path(place).is_relative_to(ROOT) else "")
     places = {name: tuple(filter(None, v)) if isinstance(v, tuple) else v for name, v in places.items()}
-    changes = {**places, "stage_num": stages, "grow": (), **overrides, "run": path.stem}
+    changes = {**places, "stage_num": stages, "grow": (), "backprop_stages": 0, **overrides, "run": path.stem}
     settings = knobs.replace(whole.settings, changes)
-    save(path, Checkpoint(whole.average or whole.network, whole.step, settings))
+    save(path, Checkpoint(_mean_weights(source, whole, others), whole.step, settings))
     return whole
+
+
+def _mean_weights(source: Path, whole: Checkpoint, others: Sequence[Path]) -> dict[str, Tensor]:
+    weights = whole.average or whole.network
+    if not others:
+        return weights
+    several = [weights]
+    for other in others:
+        loaded = load(other)
+        several.append(loaded.average or loaded.network)
+        first, last = ({name: tensor.shape for name, tensor in each.items()} for each in (weights, several[-1]))
+        if first != last:
+            raise UserError(f"{other} and {source} are of two architectures, which have no mean")
+    mean = {name: torch.stack([each[name].double() for each in several]).mean(0) for name in weights}
+    return {name: tensor.to(weights[name].dtype) for name, tensor in mean.items()}
 
 
 def find(name: str, model_dir: Path) -> Path:

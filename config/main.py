@@ -599,8 +599,10 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
 # ---------------------------------------------------------------- export, models
 
 
-def export(name: str, overrides: dict[str, Any]) -> None:
+def export(names: list[str], overrides: dict[str, Any]) -> None:
     """`-a export`: what using a trained network takes, as one small file in model_dir that `-m` takes by its name.
+
+    Of several checkpoints, all of one architecture, it gets the mean of their weights and the settings of the first.
 
     Of the settings that can be typed, `run` is that name, `data_dir` what it is tested on by itself, and `stage_num`
     with how many of its stages: those that validation found best.
@@ -609,7 +611,9 @@ def export(name: str, overrides: dict[str, Any]) -> None:
     if strange:
         raise UserError(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
     settings = knobs.resolve(overrides=overrides)
-    source = checkpoints.find(name, Path(settings.model_dir))
+    source, *others = (checkpoints.find(name, Path(settings.model_dir)) for name in names)
+    if others and not overrides.get("run"):
+        raise UserError("the mean of several checkpoints needs a name: --run NAME")
     own = source.stem if source.parent == Path(settings.model_dir) else source.parent.name
     path = Path(settings.model_dir) / f"{overrides.get('run', own)}.pth"
     if path.is_file() and not overrides.get("run"):
@@ -617,9 +621,10 @@ def export(name: str, overrides: dict[str, Any]) -> None:
     changes = {name: value for name, value in overrides.items() if name in ("data_dir", "stage_num")}
     if "stage_num" in changes:
         open_network(None, str(source), changes)  # raises UserError where its stages don't share all weights
-    step = checkpoints.export(source, path, changes).step
+    step = checkpoints.export(source, path, changes, others).step
     data = path.read_bytes()
-    log.info(f"{source} (step {step}): {len(data) / 1000:.0f} kB\n{hashlib.sha256(data).hexdigest()}  {path.name}")
+    log.info(f"{' + '.join(map(str, [source, *others]))} (step {step}): {len(data) / 1000:.0f} kB")
+    log.info(f"{hashlib.sha256(data).hexdigest()}  {path.name}")
 
 
 def models() -> None:
@@ -639,7 +644,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-a", "--action", required=True, choices=actions)
     parser.add_argument("-p", "--preset", help="a network of the paper: see -a models; default sdsen")
     parser.add_argument(
-        "-m", "--model", nargs="+", help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several"
+        *("-m", "--model"),
+        nargs="+",
+        help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean",
     )
     known, words = parser.parse_known_args(arguments)
     if known.action in ("models", "tables") and (known.preset or known.model):
@@ -657,11 +664,11 @@ def main(arguments: list[str]) -> int:
     names = known.model or []
     if known.action in ("export", "tilt", "stages") and (known.preset or not names):
         raise UserError(f"-a {known.action} is about checkpoints: name them with -m, without -p")
-    if known.action != "tilt" and len(names) > 1:
+    if known.action not in ("tilt", "export") and len(names) > 1:
         raise UserError(f"-m takes one checkpoint, got {' '.join(names)}")
     name = names[0] if names else None
     if known.action == "export":
-        export(name, overrides)
+        export(names, overrides)
         return 0
     with ranks.joined():
         if known.action == "train":

@@ -115,6 +115,7 @@ def test_export_is_the_network_and_its_settings_alone(tmp_path):
     trained = make()
     trained.average = {name: value + 1 for name, value in trained.network.items()}
     folders = {"data_dir": "/elsewhere", "exclude": ("/elsewhere", str(ROOT / "data" / "test")), "grow": (3,)}
+    folders["backprop_stages"] = 2
     trained.settings, trained.stages = replace(SETTINGS, {**folders, "stage_num": 4}), 2
     checkpoints.save(tmp_path / "run" / "latest.pth", trained)
     checkpoints.export(tmp_path / "run" / "latest.pth", tmp_path / "small.pth", {})
@@ -123,6 +124,7 @@ def test_export_is_the_network_and_its_settings_alone(tmp_path):
     assert b"elsewhere" not in (tmp_path / "small.pth").read_bytes()
     read = checkpoints.load(tmp_path / "small.pth")
     assert (read.step, read.settings.run, read.settings.stage_num, read.settings.grow) == (7, "small", 2, ())
+    assert read.settings.backprop_stages == 0
     assert (read.settings.data_dir, read.settings.exclude) == ("", (str(ROOT / "data" / "test"),))
     for name, value in trained.average.items():
         assert torch.equal(read.network[name], value)

@@ -248,6 +248,20 @@ def test_export_makes_a_file_that_test_and_training_take_by_its_name(places, tmp
         call("-a", "export", "-m", "small", *places[:2])
 
 
+def test_export_of_several_is_their_mean(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 3, "--average", 0.5, "--save_steps", 1, "--run", "mine")
+    with pytest.raises(UserError, match="needs a name"):
+        call("-a", "export", "-m", "mine/step_1", "mine/step_3", *places[:2])
+    call("-a", "export", "-m", "mine/step_1", "mine/step_3", *places[:2], "--run", "mean")
+    first, last = (read(tmp_path, f"step_{step}", "mine").average for step in (1, 3))
+    mean = checkpoints.load(tmp_path / "model_dir" / "mean.pth").network
+    assert all((mean[name] - (first[name] + last[name]) / 2).abs().max() < 1e-7 for name in mean)
+    assert any(not torch.equal(mean[name], last[name]) for name in mean)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--channel", 4, "--run", "wide")
+    with pytest.raises(UserError, match="two architectures"):
+        call("-a", "export", "-m", "mine", "wide", *places[:2], "--run", "both")
+
+
 def test_export_with_fewer_stages(places, tmp_path):
     """The first of them: their scores are the same."""
     call("-a", "train", *SMALL, *LONG, *places, "--stage_num", 3, "--steps", 1, "--run", "mine")
