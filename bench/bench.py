@@ -218,6 +218,7 @@ VARIANTS: dict[str, Numbers] = {
     "bf16, Adam not fused": {"precision": "bf16", "fused": False},
     "bf16, --accumulate 4": {"precision": "bf16", "accumulate": 4},
     "bf16, --checkpoint_activations true": {"precision": "bf16", "checkpoint_activations": True},
+    "bf16, --backprop_stages 2": {"precision": "bf16", "backprop_stages": 2},
     "reference, float32": {"side": "reference"},
     "reference, TF32": {"side": "reference", "tf32": True},
     "reference, bf16": {"side": "reference", "precision": "bf16"},
