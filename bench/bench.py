@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
@@ -38,6 +39,7 @@ import torch
 import checkpoint as checkpoints
 import evaluate
 import model
+import native
 import reference
 import settings as knobs
 from checkpoint import Checkpoint
@@ -208,10 +210,12 @@ def measure(
     return numbers
 
 
-# What a training step could be made of: settings, and what is no setting. `fused`: Adam in one kernel.
+# What a training step could be made of: settings, and what is no setting. `fused`: Adam in one kernel;
+# `compiled_sums`: Winograd's by winograd.cpp.
 VARIANTS: dict[str, Numbers] = {
     "default": {},
     "float32": {"precision": "float32"},
+    "float32, sums in torch": {"precision": "float32", "compiled_sums": False},
     "bf16": {"precision": "bf16"},
     "bf16, torch.compile": {"precision": "bf16", "compile": "on"},
     "bf16, cudnn.benchmark": {"precision": "bf16", "benchmark": True},
@@ -224,18 +228,20 @@ VARIANTS: dict[str, Numbers] = {
     "reference, bf16": {"side": "reference", "precision": "bf16"},
 }
 ON_GPU = ("bf16, cudnn.benchmark", "bf16, Adam not fused", "reference, TF32")  # variants that mean nothing on a CPU
+ON_CPU = ("float32, sums in torch",)  # nor on a GPU
 
 
 def make_variant(name: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Callable:
     """A function that does one training step the variant's way."""
     variant = dict(VARIANTS[name])
     side, fused = variant.pop("side", "product"), variant.pop("fused", None)
+    compiled_sums = native.library if variant.pop("compiled_sums", True) else lambda: None
     flags = {"benchmark": variant.pop("benchmark", False), "allow_tf32": variant.pop("tf32", False)}
     settings = knobs.replace(settings, variant)
     step = make_training(side, settings, device, *size, fused=fused)
 
     def run() -> float:
-        with torch.backends.cudnn.flags(enabled=True, **flags):
+        with torch.backends.cudnn.flags(enabled=True, **flags), mock.patch.object(native, "library", compiled_sums):
             if side == "product":
                 return step()
             with autocast(settings.precision if "precision" in variant else "float32", device):
@@ -532,7 +538,7 @@ def bench(device: torch.device, sections: tuple[str, ...], repeats: int | None) 
         title = f"{crops}, ms (share of a step)"
         print("\n" + table(title, ["making them", "waiting for them"], data_rows(numbers)), flush=True)
     if "variants" in sections:
-        names = [name for name in VARIANTS if device.type == "cuda" or name not in ON_GPU]
+        names = [name for name in VARIANTS if name not in (ON_CPU if device.type == "cuda" else ON_GPU)]
         numbers = result["variants"] = measure_variants(settings, device, size_of("training", device), repeats, names)
         columns = ["s a step", "times faster", "preparation, s", "memory added, MiB"]
         print("\n" + table(f"training step: {crops}", columns, variant_rows(numbers)), flush=True)

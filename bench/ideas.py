@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
+import native
 import winograd
 from convolution import Filters, conv2d, shared_filters
 from groupy import P4ConvP4
@@ -98,10 +100,10 @@ def ideas(layer: P4ConvP4) -> dict[str, Callable[[Tensor], Tensor]]:
         with torch.autocast("cpu", torch.bfloat16):
             return plain(x)
 
-    def in_tiles(chunk: int) -> Callable[[Tensor], Tensor]:
+    def in_tiles(chunk: int, compiled: bool = True) -> Callable[[Tensor], Tensor]:
         def convolve(x: Tensor) -> Tensor:
-            winograd.CHUNK = chunk
-            with shared_filters():
+            sums = mock.patch.object(native, "library", native.library if compiled else lambda: None)
+            with mock.patch.object(winograd, "CHUNK", chunk), sums, shared_filters():
                 return conv2d([x], kept)
 
         return convolve
@@ -117,7 +119,11 @@ def ideas(layer: P4ConvP4) -> dict[str, Callable[[Tensor], Tensor]]:
         "direct, bfloat16": bfloat16,
         "irreducible blocks (6/16)": blocks,
     }
-    return found | {f"Winograd, {chunk} tiles at once": in_tiles(chunk) for chunk in (64, 256, 512, 1024, 4096)}
+    for chunk in (64, 128, 256, 512, 1024, 4096):
+        if native.library():
+            found[f"Winograd, {chunk} tiles, compiled sums"] = in_tiles(chunk)
+        found[f"Winograd, {chunk} tiles, sums in torch"] = in_tiles(chunk, compiled=False)
+    return found
 
 
 @torch.no_grad()

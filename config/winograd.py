@@ -7,7 +7,8 @@ are taken to the 64 pairs of points by sums alone, there meet the filters in 64 
 are brought back. In the mean, one layer rounds eight times as coarsely as the direct float32 convolution, a whole
 network less than twice (tests/test_winograd.py, bench/NOTES.md).
 
-Sums run over long pieces of memory because columns are kept by their place in the tile. A band of image rows is
+The sums are here in torch; where there is a compiler, winograd.cpp does the same faster (native.py). Here they run over
+long pieces of memory because columns are kept by their place in the tile. A band of image rows is
 (rows, 4, tiles + 2, C): place in the tile, tile, channel, with a tile of zeros at either end.
 """
 
@@ -18,11 +19,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+import native
+
 TILE = 4  # outputs of one tile in each dimension
 KERNEL = 5
 HALO = KERNEL // 2
 POINTS = 8  # TILE + KERNEL - 1 points: 0, 1, -1, 2, -2, 1/2, -1/2, infinity
-CHUNK = 512  # tiles that are worked on at once: their 64 values a channel stay in a cache of some megabytes
+LINE = 16  # float32 numbers in a line of the cache
+CHUNK = 256  # tiles that are worked on at once: their 64 values a channel stay in a cache of some megabytes
 
 # Filter taps to their values at the points, each divided by what `_to_points` leaves out.
 _SCALES = (1, -4.5, -4.5, 360, 360, 1.40625, 1.40625)
@@ -53,12 +57,21 @@ class Workspace(threading.local):
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """A float32 tensor of `shape` with any content, in the place of the last one of this name."""
+        return self._memory(name, math.prod(shape)).view(shape)
+
+    def values(self, name: str, *shape: int) -> Tensor:
+        """The same for values at the points: (8, 8, *shape)."""
         count = math.prod(shape)
+        # An odd number of lines of the cache apart: 64 addresses in steps of a power of two would share one place of it
+        step = LINE * (-(-count // LINE) | 1)
+        return self._memory(name, POINTS**2 * step).view(POINTS, POINTS, step)[..., :count].unflatten(2, shape)
+
+    def _memory(self, name: str, count: int) -> Tensor:
         kept = self.kept.get(name)
         if kept is None or kept.numel() < count:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
                 kept = self.kept[name] = torch.empty(count)
-        return kept[:count].view(shape)
+        return kept[:count]
 
 
 work = Workspace()
@@ -105,16 +118,25 @@ def _from_points_transposed(y: list[Tensor], out: list[Tensor], odd: Tensor) -> 
         even.add_(odd, alpha=p)
 
 
+def _with_images(band: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with a dimension for the images, where they are of one image without it."""
+    return (band, values) if band.dim() == 5 else (band[None], values.unsqueeze(2))
+
+
 def transform_windows(band: Tensor) -> Tensor:
     """Windows around all tiles of a band with its halo: (..., rows + 4, 4, tiles + 2, C) to (8, 8, ..., rows / 4,
     tiles, C), both dimensions at the points. The next call overwrites the result."""
     *images, rows, _, width, channels = band.shape
     columns, count = width - 2, (rows - 2 * HALO) // TILE
+    values = work.values("V", *images, count, columns, channels)
+    if native.fits(band):
+        band, of_images = _with_images(band, values)
+        native.run("windows_to_values", [band], of_images, 0, TILE - HALO)
+        return values
     x = [band[..., p, t : t + columns, :] for t, p in ((0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1))]
     by_column = work("columns", POINTS, *images, rows, columns, channels)
     _to_points(x, list(by_column), work("odd", *images, rows, columns, channels))
     y = [by_column[..., j : j + TILE * (count - 1) + 1 : TILE, :, :] for j in range(POINTS)]
-    values = work("V", POINTS, POINTS, *images, count, columns, channels)
     _to_points(y, list(values), work("odd", POINTS, *images, count, columns, channels))
     return values
 
@@ -123,6 +145,10 @@ def transform_back(values: Tensor, out: Tensor) -> None:
     """Values (8, 8, ..., count, tiles, C) to the rows `out` (..., 4 * count, 4, tiles, C); `values` is overwritten."""
     *_, count, columns, channels = values.shape
     images = values.shape[2:-3]
+    if native.fits(out):
+        out, of_images = _with_images(out, values)
+        native.run("values_to_tiles", [out], of_images, 0, 0)
+        return
     by_column = work("back", TILE, POINTS, *images, count, columns, channels)
     _from_points(list(values), list(by_column), work("odd", POINTS, *images, count, columns, channels))
     tile_rows = out.unflatten(-4, (count, TILE)).movedim(-4, 0)  # (4, ..., count, 4, tiles, C)
@@ -136,7 +162,7 @@ def _values_of_gradient(rows: Tensor) -> Tensor:
     by_column = work("columns", POINTS, *images, height, columns, channels)
     spare = work("odd", *images, height, columns, channels)
     _from_points_transposed([rows[..., p, :, :] for p in range(TILE)], list(by_column), spare)
-    values = work("dM", POINTS, POINTS, *images, height // TILE, columns, channels)
+    values = work.values("dM", *images, height // TILE, columns, channels)
     y = [by_column[..., j::TILE, :, :] for j in range(TILE)]
     _from_points_transposed(y, list(values), work("odd", POINTS, *images, height // TILE, columns, channels))
     return values
@@ -188,19 +214,46 @@ def _convolve(inputs: list[Tensor], matrices: Tensor, bias: Tensor | None) -> Te
     results = matrices.shape[2]
     out = torch.empty(number, results, height, width, memory_format=torch.channels_last)
     for chunk in _chunks(number, height, width):
-        values = multiply(transform_windows(_band("band", inputs, chunk, HALO)), matrices, bias)
+        values = multiply(_windows(inputs, chunk), matrices, bias)
         target = out.permute(0, 2, 3, 1)[chunk[0], chunk[1] : chunk[2]]
+        if native.fits(target):
+            native.run("values_to_tiles", [target], values, 0, 0)
+            continue
         rows = work("rows", len(target), TILE * values.shape[-3], TILE, values.shape[-2], results)
         transform_back(values, rows)
         from_band(rows, target)
     return out
 
 
+def _windows(inputs: list[Tensor], chunk: tuple[slice, int, int]) -> Tensor:
+    """The values (8, 8, N, rows / 4, tiles, I) of the windows of one of `_chunks`, overwritten by the next call."""
+    if not native.fits(*inputs):
+        return transform_windows(_band("band", inputs, chunk, HALO))
+    images, first, end = chunk
+    parts = [x[images] if x.stride(-1) == 1 else x[images].contiguous() for x in inputs]
+    shape = len(parts[0]), tiles(end - first), tiles(parts[0].shape[2])
+    values = work.values("V", *shape, sum(x.shape[-1] for x in parts))
+    native.run("windows_to_values", parts, values, first - HALO, -HALO)
+    return values
+
+
+def _gradient_values(gradient: Tensor, chunk: tuple[slice, int, int]) -> Tensor:
+    """The gradient (8, 8, N, rows / 4, tiles, O) of the values behind the product, of one of `_chunks`."""
+    if not native.fits(gradient):
+        return _values_of_gradient(_band("rows", [gradient], chunk, 0)[..., 1:-1, :])
+    images, first, end = chunk
+    part = gradient[images, first:end]
+    part = part if part.stride(-1) == 1 else part.contiguous()
+    values = work.values("dM", len(part), tiles(end - first), tiles(part.shape[2]), part.shape[-1])
+    native.run("tiles_to_values", [part], values, 0, 0)
+    return values
+
+
 def multiply(values: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     """The 64 products over the channels: (8, 8, ..., C) and (64, C, O) to (8, 8, ..., O), with the bias added."""
-    shape = (*values.shape[:-1], matrices.shape[2])
-    product = work("M", *shape)
-    torch.bmm(values.view(POINTS**2, -1, matrices.shape[1]), matrices, out=product.view(POINTS**2, -1, shape[-1]))
+    channels, results = matrices.shape[1:]
+    product = work.values("M", *values.shape[2:-1], results)
+    torch.bmm(values.view(POINTS**2, -1, channels), matrices, out=product.view(POINTS**2, -1, results))
     if bias is not None:
         product[1, 1] += bias  # the value at the points (1, 1) goes into all outputs alike
     return product
@@ -239,7 +292,7 @@ def _matrices_gradient(inputs: list[Tensor], gradient: Tensor) -> Tensor:
     channels = sum(x.shape[-1] for x in inputs)
     total = gradient.new_zeros(POINTS**2, channels, results)
     for chunk in _chunks(number, height, width):
-        values = transform_windows(_band("band", inputs, chunk, HALO)).view(POINTS**2, -1, channels)
-        d_product = _values_of_gradient(_band("rows", [gradient], chunk, 0)[..., 1:-1, :])
+        values = _windows(inputs, chunk).view(POINTS**2, -1, channels)
+        d_product = _gradient_values(gradient, chunk)
         total.baddbmm_(values.transpose(1, 2), d_product.view(POINTS**2, -1, results))
     return total

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import convolution
 import model
+import native
 import winograd
 from convolution import Filters, conv2d, shared_filters
 
@@ -17,6 +18,15 @@ SIZES = [
     (1, (16,), 8, 1, 1),
     (5, (9,), 10, 17, 4),
 ]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "in torch"], ids=["compiled", "in-torch"])
+def sums(request, monkeypatch):
+    """All of this holds with the sums of winograd.cpp and with those in torch."""
+    if request.param == "in torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C++ compiler")
 
 
 def make(images, channels, results, height, width, dtype=torch.float32):

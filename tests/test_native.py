@@ -1,0 +1,124 @@
+"""The compiled sums against those of winograd.py in torch, and what happens where there is no compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import native
+import winograd
+from common import ROOT
+
+compiled = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """A function that calls another one without the compiled code."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            return function(*arguments).clone()
+
+    return call
+
+
+@compiled
+@pytest.mark.parametrize("channels", [8, 9, 16, 40, 83])
+@pytest.mark.parametrize("images", [(), (3,)], ids=["one-image", "images"])
+def test_a_band_has_the_same_values_and_rows(images, channels, in_torch):
+    generator = torch.Generator().manual_seed(channels)
+    band = torch.randn(*images, 12 + 4, 4, 5 + 2, channels, generator=generator)
+    found = winograd.transform_windows(band).clone()
+    wanted = in_torch(winograd.transform_windows, band)
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+    def rows(values):
+        out = torch.full((*images, 12, 4, 5, channels), 7.0)
+        winograd.transform_back(values.clone(), out)
+        return out
+
+    assert (rows(found) - in_torch(rows, found)).abs().max() < 1e-5 * rows(found).abs().max()
+
+
+@compiled
+@pytest.mark.parametrize("memory", ["channels-last", "channels-first"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 9), (16, 16), (21, 34)])
+@pytest.mark.parametrize("channels", [(8,), (40, 40), (17, 8, 30)])
+def test_images_have_the_same_values_without_a_band(channels, height, width, memory, in_torch):
+    generator = torch.Generator().manual_seed(height)
+    inputs = [torch.randn(5, count, height, width, generator=generator).permute(0, 2, 3, 1) for count in channels]
+    if memory == "channels-last":
+        inputs = [x.contiguous() for x in inputs]
+    chunks = list(winograd._chunks(5, height, width))
+    for chunk in chunks:
+        for function in (winograd._windows, lambda inputs, chunk: winograd._gradient_values(inputs[0], chunk)):
+            found = function(inputs, chunk).clone()
+            wanted = in_torch(function, inputs, chunk)
+            assert found.shape == wanted.shape
+            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_work_and_change_nothing(threads):
+    band = torch.randn(2, 36, 4, 9, 40, generator=torch.Generator().manual_seed(0))
+    wanted = winograd.transform_windows(band).clone()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(winograd.transform_windows(band), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_the_64_values_lie_in_different_lines_of_the_cache():
+    values = winograd.work.values("test", 2, 16, 16, 40)
+    addresses = [values[i, j].data_ptr() for i in range(8) for j in range(8)]
+    assert len({address // 64 % 64 for address in addresses}) == 64
+    assert values.view(64, -1, 40).data_ptr() == values.data_ptr()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"], ids=["none", "broken"])
+def test_without_a_compiler_a_line_says_so_and_the_result_is_the_same(compiler, tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "config")!r})
+import logging; logging.basicConfig(level="INFO")
+import torch, model, native
+torch.manual_seed(0)
+O = torch.rand(3, 21, 30)
+with torch.no_grad():
+    R = list(model.build("sdsen_s2").eval().each_stage(O))[-1]
+torch.save((native.library() is None, R), sys.argv[1])
+"""
+    results = []
+    for name, environment in (("with", {}), ("without", {"CXX": compiler})):
+        file = tmp_path / name
+        command = [sys.executable, "-c", code, str(file)]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        results.append((*torch.load(file), done.stderr.count("no C++ compiler that works")))
+    (missing, wanted, lines), (without, found, said) = results
+    assert (without, said) == (True, 1)
+    assert lines == missing
+    assert (found - wanted).abs().max() < 1e-5
+
+
+@compiled
+def test_half_a_file_is_never_left(tmp_path, monkeypatch):
+    source = tmp_path / "winograd.cpp"
+    source.write_bytes(native.SOURCE.read_bytes())
+    monkeypatch.setattr(native, "SOURCE", source)
+    make = native.library.__wrapped__
+    assert make() is not None
+    [made] = (tmp_path / "__pycache__").iterdir()
+    times = made.stat().st_mtime_ns
+    assert make() is not None
+    assert made.stat().st_mtime_ns == times  # not compiled again
+    source.write_text("this is no C++")
+    assert make() is None
+    assert list((tmp_path / "__pycache__").iterdir()) == [made]
