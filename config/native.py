@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("winograd.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
-FUNCTIONS = ("windows_to_values", "tiles_to_values", "values_to_tiles")  # the last one takes one image
-CHANNELS = 8  # the fewest that they take: the shorter of their vectors
+FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fPIC")
+FUNCTIONS = ("windows_to_values", "values_to_tiles", "multiply", "convolve", "matrices_gradient")
+CHANNELS = 8  # the fewest that they take: the shorter of their vectors, of which matrices have whole ones
+WINDOW = -2  # row and column of a tile's pixel at which its window begins
 
 log = logging.getLogger(__name__)
 
@@ -86,26 +88,93 @@ def fits(*tensors: Tensor) -> bool:
     return all(x.shape[-1] >= CHANNELS and x.dtype == torch.float32 for x in tensors) and library() is not None
 
 
-def run(function: str, images: Sequence[Tensor], values: Tensor, top: int, left: int) -> None:
-    """One of FUNCTIONS between the pixels of `images`, side by side in the channels, and their values.
+def _described(images: Sequence[Tensor], top: int = 0, left: int = 0) -> tuple[ctypes.Array, ctypes.c_int64]:
+    """Images (N, H, W, C), or bands (N, H, 4, tiles, C) with the columns by their place in a tile, and their number.
 
-    `images` are (N, H, W, C), or bands (N, H, 4, tiles, C) with the columns by their place in a tile; `values` are
-    (8, 8, N, rows, columns, all C). The tile (or the window) of row 0 and column 0 begins at the pixel (top, left).
-    Outside of the images there are zeros.
+    The first tile, or its window, begins at the pixel (top, left).
     """
-    _, _, number, rows, columns, channels = values.shape
-    assert values.stride()[2:] == (rows * columns * channels, columns * channels, channels, 1)
     described = []
     for x in images:
         image, row, *inner, last = x.stride()
         place, tile = inner if len(inner) == 2 else (inner[0], 4 * inner[0])
-        assert (len(x), last) == (number, 1)
+        assert (last, len(x)) == (1, len(images[0]))
         width = math.prod(x.shape[2:-1])
         described.append(_Images(x.data_ptr(), image, row, place, tile, x.shape[1], width, x.shape[-1], top, left))
-    assert sum(x.shape[-1] for x in images) == channels
+    return (_Images * len(described))(*described), ctypes.c_int64(len(described))
+
+
+def run(function: str, images: Sequence[Tensor], values: Tensor, top: int, left: int) -> None:
+    """windows_to_values or values_to_tiles: between the pixels of `images`, side by side in the channels, and values.
+
+    `images`, `top` and `left` are as `_described` takes them; `values` are (8, 8, N, rows, columns, all C). Outside of
+    the images there are zeros.
+    """
+    assert sum(x.shape[-1] for x in images) == values.shape[-1]
     getattr(library(), function)(
-        (_Images * len(described))(*described),
-        ctypes.c_int64(len(described)),
-        ctypes.byref(_Values(values.data_ptr(), values.stride(1), channels, number, rows, columns)),
+        *_described(images, top, left), _described_values(values), ctypes.c_int64(torch.get_num_threads())
+    )
+
+
+def _described_values(values: Tensor) -> ctypes.c_void_p:
+    """Values (8, 8, N, rows, columns, C), or those of one image, (8, 8, rows, columns, C)."""
+    *images, rows, columns, channels = values.shape[2:]
+    number = math.prod(images)
+    assert values.stride()[-3:] == (columns * channels, channels, 1)
+    return ctypes.byref(_Values(values.data_ptr(), values.stride(1), channels, number, rows, columns))
+
+
+def multiplies(matrices: Tensor) -> bool:
+    """Whether `multiply` takes these matrices (64, C, O)."""
+    return fits(matrices) and matrices.shape[2] % CHANNELS == 0 and matrices.is_contiguous()
+
+
+def multiply(values: Tensor, matrices: Tensor, product: Tensor, add: bool) -> None:
+    """What the matrices (64, C, O) make of the values (8, 8, .., C), written or added to `product` (8, 8, .., O)."""
+    channels, results = matrices.shape[1:]
+    library().multiply(
+        _described_values(values),
+        ctypes.c_int64(channels),
+        ctypes.c_void_p(matrices.data_ptr()),
+        _described_values(product),
+        ctypes.c_int64(results),
+        ctypes.c_int64(add),
         ctypes.c_int64(torch.get_num_threads()),
     )
+
+
+def convolve(inputs: Sequence[Tensor], outputs: Sequence[Tensor], matrices: Tensor, bias: Tensor | None) -> None:
+    """Writes the convolution of the images `inputs` (N, H, W, I), side by side in the channels, to `outputs`.
+
+    `matrices` are (64, I, O), `bias` (O), as `winograd.transform_filters` makes them, O the channels of all outputs.
+    """
+    if short := -matrices.shape[2] % CHANNELS:
+        matrices, bias = (x if x is None else F.pad(x, (0, short)) for x in (matrices, bias))
+    matrices = matrices.contiguous()
+    inputs = [_channels_last(x) for x in inputs]
+    library().convolve(
+        *_described(inputs, WINDOW, WINDOW),
+        *_described(outputs),
+        ctypes.c_int64(len(inputs[0])),
+        ctypes.c_void_p(matrices.data_ptr()),
+        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+
+
+def matrices_gradient(inputs: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """The gradient (64, I, O) of the matrices, from the inputs (N, H, W, I) and the output's gradient (N, H, W, O)."""
+    threads, rows, columns = torch.get_num_threads(), sum(x.shape[-1] for x in inputs), gradient.shape[-1]
+    totals = torch.zeros(threads, 64, rows + -rows % CHANNELS, columns + -columns % CHANNELS)
+    inputs, gradient = [_channels_last(x) for x in inputs], _channels_last(gradient)
+    library().matrices_gradient(
+        *_described(inputs, WINDOW, WINDOW),
+        _described([gradient])[0],
+        ctypes.c_int64(len(gradient)),
+        ctypes.c_void_p(totals.data_ptr()),
+        ctypes.c_int64(threads),
+    )
+    return totals.sum(0)[:, :rows, :columns]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

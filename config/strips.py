@@ -167,7 +167,7 @@ class StripRunner:
                     product += self._first_linked(index, top, end)
                 else:
                     states = transform_windows(self.states[index, top : end + 2 * HALO])
-                    product.flatten(0, 1).flatten(1, 2).baddbmm_(states.flatten(0, 1).flatten(1, 2), position.linked)
+                    multiply(states, position.linked, onto=product)
             rows = self._rows(product)
         else:
             x = inputs[HALO:-HALO, :, 1:-1]  # (n, 4, tiles, C * 4)
@@ -192,7 +192,7 @@ class StripRunner:
         self._clear_outside(rows, 0)
         values = transform_windows(band)
         linked = self.positions[index].linked
-        sums = torch.bmm(values.flatten(0, 1).flatten(1, 2), linked).view(*values.shape[:-1], -1)
+        sums = multiply(values, linked, onto=values.new_zeros(*values.shape[:-1], linked.shape[2]))
         if inside:
             self.first_sums[index] = sums
         return sums

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 using Index = std::int64_t;
 
@@ -139,45 +140,44 @@ template <class Vector, class Pixel> inline void values_to_tile(const float *sou
     }
 }
 
-// `inputs` lie side by side in the channels of the values: both halves of a line of the cache are written while it is there.
-template <class Vector, int SIDE> void gather(const Images *inputs, Index count, const Values &values, Index threads) {
-    for_tiles(values, threads, [&](Index n, Index r, Index t, Index number) {
-        float *result = values.data + number * values.tile;
-        for (const Images *images = inputs; images < inputs + count; result += images++->channels) {
-            const Pixels<SIDE> pixels(*images);
-            const Index top = images->top + TILE * r, left = images->left + TILE * t;
-            const float *tile = images->data + n * images->image + top * images->row + t * images->tile;
-            const bool inside = pixels.inside(top, left) && pixels.inside(top + SIDE - 1, left + SIDE - 1);
-            for_channels<Vector>(images->channels, [&](Index c) {
-                const auto whole = [&](int y, int x) {
-                    return load<Vector>(tile + y * images->row + pixels.distance[x] + c);
-                };
-                const auto part = [&](int y, int x) { return pixels.inside(top + y, left + x) ? whole(y, x) : Vector{}; };
-                inside ? tile_to_values<Vector, SIDE>(result + c, values.point, whole)
-                       : tile_to_values<Vector, SIDE>(result + c, values.point, part);
-            });
-        }
-    });
+// The window or tile of `inputs` that begins at row `TILE * r` and column `TILE * t` to its values from `result` on.
+// The inputs lie side by side in the channels of the values: both halves of a line of the cache are written while it is there.
+template <class Vector, int SIDE>
+void gather(const Images *inputs, Index count, Index n, Index r, Index t, float *result, Index point) {
+    for (const Images *images = inputs; images < inputs + count; result += images++->channels) {
+        const Pixels<SIDE> pixels(*images);
+        const Index top = images->top + TILE * r, left = images->left + TILE * t;
+        const float *tile = images->data + n * images->image + top * images->row + t * images->tile;
+        const bool inside = pixels.inside(top, left) && pixels.inside(top + SIDE - 1, left + SIDE - 1);
+        for_channels<Vector>(images->channels, [&](Index c) {
+            const auto whole = [&](int y, int x) {
+                return load<Vector>(tile + y * images->row + pixels.distance[x] + c);
+            };
+            const auto part = [&](int y, int x) { return pixels.inside(top + y, left + x) ? whole(y, x) : Vector{}; };
+            inside ? tile_to_values<Vector, SIDE>(result + c, point, whole)
+                   : tile_to_values<Vector, SIDE>(result + c, point, part);
+        });
+    }
 }
 
-template <class Vector> void scatter(const Images &images, const Values &values, Index threads) {
-    const Pixels<TILE> pixels(images);
-    for_tiles(values, threads, [&](Index n, Index r, Index t, Index number) {
-        const Index top = images.top + TILE * r, left = images.left + TILE * t;
-        float *tile = images.data + n * images.image + top * images.row + t * images.tile;
+// The reverse of it: values to the pixels of a tile.
+template <class Vector>
+void scatter(const Images *outputs, Index count, Index n, Index r, Index t, const float *source, Index point) {
+    for (const Images *images = outputs; images < outputs + count; source += images++->channels) {
+        const Pixels<TILE> pixels(*images);
+        const Index top = images->top + TILE * r, left = images->left + TILE * t;
+        float *tile = images->data + n * images->image + top * images->row + t * images->tile;
         const bool inside = pixels.inside(top, left) && pixels.inside(top + TILE - 1, left + TILE - 1);
-        for_channels<Vector>(images.channels, [&](Index c) {
-            const float *source = values.data + number * values.tile + c;
+        for_channels<Vector>(images->channels, [&](Index c) {
             const auto whole = [&](int y, int x, const Vector &v) {
-                store(v, tile + y * images.row + pixels.distance[x] + c);
+                store(v, tile + y * images->row + pixels.distance[x] + c);
             };
             const auto part = [&](int y, int x, const Vector &v) {
                 if (pixels.inside(top + y, left + x)) whole(y, x, v);
             };
-            inside ? values_to_tile<Vector>(source, values.point, whole)
-                   : values_to_tile<Vector>(source, values.point, part);
+            inside ? values_to_tile<Vector>(source + c, point, whole) : values_to_tile<Vector>(source + c, point, part);
         });
-    });
+    }
 }
 
 // Vectors of sixteen where all have as many channels, else of eight, which they must have.
@@ -187,16 +187,186 @@ bool wide(const Images *images, Index count) {
     return true;
 }
 
+template <int SIDE> auto gather_of(const Images *inputs, Index count) {
+    return wide(inputs, count) ? gather<Sixteen, SIDE> : gather<Eight, SIDE>;
+}
+
+auto scatter_of(const Images *outputs, Index count) { return wide(outputs, count) ? scatter<Sixteen> : scatter<Eight>; }
+
+Index channels_of(const Images *images, Index count) {
+    Index sum = 0;
+    for (Index k = 0; k < count; k++) sum += images[k].channels;
+    return sum;
+}
+
+Index multiple(Index count, Index of) { return (count + of - 1) / of * of; }
+
+#ifdef __AVX512F__
+constexpr int ROWS = 8;  // of a product that is summed in registers, of which there are 32
+#else
+constexpr int ROWS = 2;
+#endif
+constexpr Index COLUMNS = sizeof(Eight) / sizeof(float);  // a multiple of it
+constexpr Index BLOCK = 16;  // tiles that a thread works on at once, so that their values stay in its own cache
+
+// Where the factors of a matrix product lie: the sums over k of a[r * a_row + k * a_step] * b[k * b_row + column].
+struct Factors {
+    const float *a;
+    Index a_row, a_step;
+    const float *b;
+    Index b_row, count;  // of k
+};
+
+// Some rows and 16 * WIDE (and 8) columns of the product, written to `c` or added to it.
+template <int WIDE, bool HALF, int ROWS> inline void piece(const Factors &f, float *c, Index c_row, bool add) {
+    Sixteen sums[ROWS][WIDE + 1];  // never empty
+    Eight half[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        for (int w = 0; w < WIDE; w++) sums[r][w] = add ? load<Sixteen>(c + r * c_row + 16 * w) : Sixteen{};
+        if (HALF) half[r] = add ? load<Eight>(c + r * c_row + 16 * WIDE) : Eight{};
+    }
+    const float *a = f.a, *b = f.b;
+    for (Index k = 0; k < f.count; k++, a += f.a_step, b += f.b_row) {
+        Sixteen b_wide[WIDE + 1];
+        Eight b_half{};
+        for (int w = 0; w < WIDE; w++) b_wide[w] = load<Sixteen>(b + 16 * w);
+        if (HALF) b_half = load<Eight>(b + 16 * WIDE);
+        for (int r = 0; r < ROWS; r++) {
+            const float factor = a[r * f.a_row];
+            for (int w = 0; w < WIDE; w++) sums[r][w] += b_wide[w] * factor;
+            if (HALF) half[r] += b_half * factor;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        for (int w = 0; w < WIDE; w++) store(sums[r][w], c + r * c_row + 16 * w);
+        if (HALF) store(half[r], c + r * c_row + 16 * WIDE);
+    }
+}
+
+// All rows of 16 * WIDE (and 8) columns.
+template <int WIDE, bool HALF> void strip(Factors f, float *c, Index c_row, Index rows, bool add) {
+    for (; rows >= ROWS; rows -= ROWS, f.a += ROWS * f.a_row, c += ROWS * c_row) piece<WIDE, HALF, ROWS>(f, c, c_row, add);
+    for (; rows > 0; rows--, f.a += f.a_row, c += c_row) piece<WIDE, HALF, 1>(f, c, c_row, add);
+}
+
+// `rows` and `columns`, a multiple of COLUMNS, of the product.
+void product(Factors f, float *c, Index c_row, Index rows, Index columns, bool add) {
+    for (Index left = columns; left > 0;) {
+        const Index width = left >= 40 ? 40 : left;
+        const auto one = width == 40 ? strip<2, true> : width == 32 ? strip<2, false> : width == 24 ? strip<1, true>
+                       : width == 16 ? strip<1, false> : strip<0, true>;
+        one(f, c, c_row, rows, add);
+        f.b += width;
+        c += width;
+        left -= width;
+    }
+}
+
+// Values at the points of a block of tiles, and memory for them, which a thread keeps.
+struct Block {
+    float *data;
+    Index point, tile;
+
+    // An odd number of lines of the cache from point to point: 64 addresses in steps of a power of two would share one
+    // place of it.
+    static Index step(Index channels) { return 16 * (multiple(BLOCK * channels, 16) / 16 | 1); }
+    static float *memory(Index count) {
+        thread_local std::vector<Sixteen> kept;
+        if (Index(kept.size()) < count / 16) kept.resize(count / 16);
+        return reinterpret_cast<float *>(kept.data());
+    }
+    Block(float *data, Index channels) : data(data), point(step(channels)), tile(channels) {}
+};
+
+// All tiles of `images` in blocks, shared out to threads: work(thread, count, place), where place(i, f) calls
+// f(image, row, column) with the place of tile i of `count`.
+template <class Work> void for_blocks(Index number, const Images &images, Index threads, const Work &work) {
+    const Index columns = multiple(images.width, TILE) / TILE, rows = multiple(images.height, TILE) / TILE;
+    const Index all = number * rows * columns, blocks = multiple(all, BLOCK) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (Index thread = 0; thread < threads; thread++)
+        for (Index block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
+            const Index first = BLOCK * block, count = all - first < BLOCK ? all - first : BLOCK;
+            work(thread, count, [&](Index i, const auto &at) {
+                const Index tile = first + i;
+                at(tile / (rows * columns), tile / columns % rows, tile % columns);
+            });
+        }
+}
+
 }  // namespace
 
 extern "C" void windows_to_values(const Images *images, Index count, const Values *values, Index threads) {
-    (wide(images, count) ? gather<Sixteen, POINTS> : gather<Eight, POINTS>)(images, count, *values, threads);
-}
-
-extern "C" void tiles_to_values(const Images *images, Index count, const Values *values, Index threads) {
-    (wide(images, count) ? gather<Sixteen, TILE> : gather<Eight, TILE>)(images, count, *values, threads);
+    const auto gather = gather_of<POINTS>(images, count);
+    for_tiles(*values, threads, [&](Index n, Index r, Index t, Index number) {
+        gather(images, count, n, r, t, values->data + number * values->tile, values->point);
+    });
 }
 
 extern "C" void values_to_tiles(const Images *images, Index count, const Values *values, Index threads) {
-    (wide(images, count) ? scatter<Sixteen> : scatter<Eight>)(*images, *values, threads);
+    const auto scatter = scatter_of(images, count);
+    for_tiles(*values, threads, [&](Index n, Index r, Index t, Index number) {
+        scatter(images, count, n, r, t, values->data + number * values->tile, values->point);
+    });
+}
+
+// The 64 products of values and `matrices` (64, channels, columns), columns a multiple of 8, written or added to results.
+extern "C" void multiply(const Values *values, Index channels, const float *matrices, const Values *results, Index columns,
+                         Index add, Index threads) {
+    const Index rows = values->images * values->rows * values->columns;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (Index p = 0; p < POINTS * POINTS; p++)
+        product({values->data + p * values->point, values->tile, 1, matrices + p * channels * columns, columns, channels},
+                results->data + p * results->point, results->tile, rows, columns, add);
+}
+
+// Convolution of `number` images `inputs` with `matrices` (64, channels of the inputs, columns), `bias` (columns) added;
+// columns are the channels of the outputs, filled up to a multiple of 8.
+extern "C" void convolve(const Images *inputs, Index input_count, const Images *outputs, Index output_count, Index number,
+                         const float *matrices, const float *bias, Index threads) {
+    const Index channels = channels_of(inputs, input_count);
+    const Index columns = multiple(channels_of(outputs, output_count), COLUMNS);
+    const auto gather = gather_of<POINTS>(inputs, input_count);
+    const auto scatter = scatter_of(outputs, output_count);
+    for_blocks(number, *inputs, threads, [&](Index, Index count, const auto &place) {
+        const Index size = POINTS * POINTS * Block::step(channels);
+        float *memory = Block::memory(size + POINTS * POINTS * Block::step(columns));
+        const Block windows(memory, channels), results(memory + size, columns);
+        for (Index i = 0; i < count; i++)
+            place(i, [&](Index n, Index r, Index t) {
+                gather(inputs, input_count, n, r, t, windows.data + i * windows.tile, windows.point);
+            });
+        for (Index p = 0; p < POINTS * POINTS; p++)
+            product({windows.data + p * windows.point, windows.tile, 1, matrices + p * channels * columns, columns, channels},
+                    results.data + p * results.point, columns, count, columns, false);
+        float *constant = results.data + (POINTS + 1) * results.point;  // the value at (1, 1) goes into all outputs alike
+        for (Index i = 0; i < count && bias; i++)
+            for (Index c = 0; c < columns; c++) constant[i * columns + c] += bias[c];
+        for (Index i = 0; i < count; i++)
+            place(i, [&](Index n, Index r, Index t) {
+                scatter(outputs, output_count, n, r, t, results.data + i * results.tile, results.point);
+            });
+    });
+}
+
+// The gradient of `matrices` from the inputs and the gradient of the output: to `totals`, (threads, 64, rows, columns) of
+// zeros, each thread adds its part. Rows and columns are the channels of both, filled up to multiples of 8.
+extern "C" void matrices_gradient(const Images *inputs, Index input_count, const Images *gradient, Index number,
+                                  float *totals, Index threads) {
+    const Index rows = multiple(channels_of(inputs, input_count), COLUMNS), columns = multiple(gradient->channels, COLUMNS);
+    const auto gather_windows = gather_of<POINTS>(inputs, input_count);
+    const auto gather_tiles = gather_of<TILE>(gradient, 1);
+    for_blocks(number, *inputs, threads, [&](Index thread, Index count, const auto &place) {
+        const Index size = POINTS * POINTS * Block::step(rows);
+        float *memory = Block::memory(size + POINTS * POINTS * Block::step(columns));
+        const Block windows(memory, rows), tiles(memory + size, columns);
+        for (Index i = 0; i < count; i++)
+            place(i, [&](Index n, Index r, Index t) {
+                gather_windows(inputs, input_count, n, r, t, windows.data + i * windows.tile, windows.point);
+                gather_tiles(gradient, 1, n, r, t, tiles.data + i * tiles.tile, tiles.point);
+            });
+        for (Index p = 0; p < POINTS * POINTS; p++)
+            product({windows.data + p * windows.point, 1, windows.tile, tiles.data + p * tiles.point, tiles.tile, count},
+                    totals + (thread * POINTS * POINTS + p) * rows * columns, columns, rows, columns, true);
+    });
 }

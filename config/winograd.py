@@ -208,52 +208,39 @@ def _band(name: str, inputs: list[Tensor], chunk: tuple[slice, int, int], halo: 
     return band
 
 
-def _convolve(inputs: list[Tensor], matrices: Tensor, bias: Tensor | None) -> Tensor:
-    """Images (N, H, W, I), together the channels of `matrices` (64, I, O), to (N, O, H, W) in channels-last memory."""
+def _convolve(inputs: list[Tensor], matrices: Tensor, bias: Tensor | None, *channels: int) -> list[Tensor]:
+    """Images (N, H, W, I), together the channels of `matrices` (64, I, O), to images (N, C, H, W), together O.
+
+    They are in channels-last memory.
+    """
     number, height, width = inputs[0].shape[:3]
-    results = matrices.shape[2]
-    out = torch.empty(number, results, height, width, memory_format=torch.channels_last)
+    results = [torch.empty(number, count, height, width, memory_format=torch.channels_last) for count in channels]
+    images = [x.permute(0, 2, 3, 1) for x in results]
+    if native.fits(*inputs, *images):
+        native.convolve(inputs, images, matrices, bias)
+        return results
     for chunk in _chunks(number, height, width):
-        values = multiply(_windows(inputs, chunk), matrices, bias)
-        target = out.permute(0, 2, 3, 1)[chunk[0], chunk[1] : chunk[2]]
-        if native.fits(target):
-            native.run("values_to_tiles", [target], values, 0, 0)
-            continue
-        rows = work("rows", len(target), TILE * values.shape[-3], TILE, values.shape[-2], results)
+        values = multiply(transform_windows(_band("band", inputs, chunk, HALO)), matrices, bias)
+        rows = work("rows", *values.shape[2:3], TILE * values.shape[3], TILE, *values.shape[4:])
         transform_back(values, rows)
-        from_band(rows, target)
-    return out
+        for part, image in zip(rows.split(channels, -1), images, strict=True):
+            from_band(part, image[chunk[0], chunk[1] : chunk[2]])
+    return results
 
 
-def _windows(inputs: list[Tensor], chunk: tuple[slice, int, int]) -> Tensor:
-    """The values (8, 8, N, rows / 4, tiles, I) of the windows of one of `_chunks`, overwritten by the next call."""
-    if not native.fits(*inputs):
-        return transform_windows(_band("band", inputs, chunk, HALO))
-    images, first, end = chunk
-    parts = [x[images] if x.stride(-1) == 1 else x[images].contiguous() for x in inputs]
-    shape = len(parts[0]), tiles(end - first), tiles(parts[0].shape[2])
-    values = work.values("V", *shape, sum(x.shape[-1] for x in parts))
-    native.run("windows_to_values", parts, values, first - HALO, -HALO)
-    return values
+def multiply(values: Tensor, matrices: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """The 64 products over the channels: (8, 8, ..., C) and (64, C, O) to (8, 8, ..., O), with the bias added.
 
-
-def _gradient_values(gradient: Tensor, chunk: tuple[slice, int, int]) -> Tensor:
-    """The gradient (8, 8, N, rows / 4, tiles, O) of the values behind the product, of one of `_chunks`."""
-    if not native.fits(gradient):
-        return _values_of_gradient(_band("rows", [gradient], chunk, 0)[..., 1:-1, :])
-    images, first, end = chunk
-    part = gradient[images, first:end]
-    part = part if part.stride(-1) == 1 else part.contiguous()
-    values = work.values("dM", len(part), tiles(end - first), tiles(part.shape[2]), part.shape[-1])
-    native.run("tiles_to_values", [part], values, 0, 0)
-    return values
-
-
-def multiply(values: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-    """The 64 products over the channels: (8, 8, ..., C) and (64, C, O) to (8, 8, ..., O), with the bias added."""
+    They are added to `onto`, if any, else they lie in memory that the next call overwrites.
+    """
     channels, results = matrices.shape[1:]
-    product = work.values("M", *values.shape[2:-1], results)
-    torch.bmm(values.view(POINTS**2, -1, channels), matrices, out=product.view(POINTS**2, -1, results))
+    product = work.values("M", *values.shape[2:-1], results) if onto is None else onto
+    if native.multiplies(matrices):
+        native.multiply(values, matrices, product, onto is not None)
+    else:
+        factors = values.view(POINTS**2, -1, channels), matrices
+        out = product.view(POINTS**2, -1, results)
+        torch.bmm(*factors, out=out) if onto is None else out.baddbmm_(*factors)
     if bias is not None:
         product[1, 1] += bias  # the value at the points (1, 1) goes into all outputs alike
     return product
@@ -269,7 +256,7 @@ class Convolution(torch.autograd.Function):
     def forward(ctx, filters, matrices: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
         ctx.filters = filters
         ctx.save_for_backward(*inputs)
-        return _convolve([x.permute(0, 2, 3, 1) for x in inputs], matrices, bias)
+        return _convolve([x.permute(0, 2, 3, 1) for x in inputs], matrices, bias, matrices.shape[2])[0]
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -278,7 +265,7 @@ class Convolution(torch.autograd.Function):
         d_matrices = d_bias = None
         d_inputs = [None] * len(inputs)
         if any(ctx.needs_input_grad[3:]):
-            d_inputs = _convolve([gradient], ctx.filters.turned, None).split([x.shape[1] for x in inputs], 1)
+            d_inputs = _convolve([gradient], ctx.filters.turned, None, *(x.shape[1] for x in inputs))
         if ctx.needs_input_grad[1]:
             d_matrices = _matrices_gradient([x.permute(0, 2, 3, 1) for x in inputs], gradient)
         if ctx.needs_input_grad[2]:
@@ -288,11 +275,13 @@ class Convolution(torch.autograd.Function):
 
 def _matrices_gradient(inputs: list[Tensor], gradient: Tensor) -> Tensor:
     """Gradient (64, I, O) of the matrices from the inputs (N, H, W, I) and the output's gradient (N, H, W, O)."""
+    if native.fits(*inputs, gradient):
+        return native.matrices_gradient(inputs, gradient)
     number, height, width, results = gradient.shape
     channels = sum(x.shape[-1] for x in inputs)
     total = gradient.new_zeros(POINTS**2, channels, results)
     for chunk in _chunks(number, height, width):
-        values = _windows(inputs, chunk).view(POINTS**2, -1, channels)
-        d_product = _gradient_values(gradient, chunk)
+        values = transform_windows(_band("band", inputs, chunk, HALO)).view(POINTS**2, -1, channels)
+        d_product = _values_of_gradient(_band("rows", [gradient], chunk, 0)[..., 1:-1, :])
         total.baddbmm_(values.transpose(1, 2), d_product.view(POINTS**2, -1, results))
     return total

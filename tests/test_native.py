@@ -48,32 +48,72 @@ def test_a_band_has_the_same_values_and_rows(images, channels, in_torch):
 @compiled
 @pytest.mark.parametrize("memory", ["channels-last", "channels-first"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 9), (16, 16), (21, 34)])
-@pytest.mark.parametrize("channels", [(8,), (40, 40), (17, 8, 30)])
-def test_images_have_the_same_values_without_a_band(channels, height, width, memory, in_torch):
+@pytest.mark.parametrize(
+    ("channels", "results"), [((8,), (9,)), ((40, 40), (40,)), ((17, 8, 30), (8, 64)), ((20,), (83,))]
+)
+def test_a_convolution_and_its_gradient_are_those_in_torch(channels, results, height, width, memory, in_torch):
     generator = torch.Generator().manual_seed(height)
-    inputs = [torch.randn(5, count, height, width, generator=generator).permute(0, 2, 3, 1) for count in channels]
-    if memory == "channels-last":
-        inputs = [x.contiguous() for x in inputs]
-    chunks = list(winograd._chunks(5, height, width))
-    for chunk in chunks:
-        for function in (winograd._windows, lambda inputs, chunk: winograd._gradient_values(inputs[0], chunk)):
-            found = function(inputs, chunk).clone()
-            wanted = in_torch(function, inputs, chunk)
-            assert found.shape == wanted.shape
-            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    shapes = [(5, height, width, count) for count in (*channels, sum(results))]
+    *inputs, gradient = (torch.randn(shape, generator=generator) for shape in shapes)
+    if memory == "channels-first":
+        *inputs, gradient = (x.movedim(-1, 1).contiguous().movedim(1, -1) for x in (*inputs, gradient))
+    matrices = torch.randn(64, sum(channels), sum(results), generator=generator)
+    bias = torch.randn(sum(results), generator=generator)
+
+    def convolve():
+        return torch.cat(winograd._convolve(inputs, matrices, bias, *results), 1)
+
+    for found, wanted in (
+        (convolve(), in_torch(convolve)),
+        (winograd._matrices_gradient(inputs, gradient), in_torch(winograd._matrices_gradient, inputs, gradient)),
+    ):
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@compiled
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("results", [8, 16, 24, 32, 40, 48, 120])
+@pytest.mark.parametrize("tiles", [1, 7, 8, 19])
+def test_the_products_are_those_in_torch(tiles, results, add):
+    generator = torch.Generator().manual_seed(tiles)
+    values = winograd.work.values("test", 2, 1, tiles, 12).normal_(generator=generator)
+    matrices = torch.randn(64, 12, results, generator=generator)
+    product = winograd.work.values("product", 2, 1, tiles, results).normal_(generator=generator)
+    wanted = values.double().reshape(64, -1, 12) @ matrices.double()
+    if add:
+        wanted += product.double().reshape(wanted.shape)
+    memory = winograd.work.kept["product"].clone()
+    native.multiply(values, matrices, product, add)
+    assert (product.reshape(wanted.shape) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    between = torch.ones_like(winograd.work.kept["product"]).bool()
+    between.as_strided(product.shape, product.stride()).fill_(False)
+    assert torch.equal(winograd.work.kept["product"][between], memory[between])  # nothing is written beyond the rows
 
 
 @compiled
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_work_and_change_nothing(threads):
-    band = torch.randn(2, 36, 4, 9, 40, generator=torch.Generator().manual_seed(0))
-    wanted = winograd.transform_windows(band).clone()
+    generator = torch.Generator().manual_seed(0)
+    band = torch.randn(2, 36, 4, 9, 40, generator=generator)
+    x, gradient = torch.randn(2, 3, 36, 40, 16, generator=generator)
+    matrices = torch.randn(64, 16, 24, generator=generator)
+
+    def results():
+        values = winograd.transform_windows(band).clone()
+        return values, *winograd._convolve([x], matrices, None, 8, 16), winograd._matrices_gradient([x], gradient)
+
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        assert torch.equal(winograd.transform_windows(band), wanted)
+        *wanted, wanted_gradient = results()
+        torch.set_num_threads(threads)
+        *found, found_gradient = results()
     finally:
         torch.set_num_threads(before)
+    assert all(map(torch.equal, found, wanted))
+    # A sum over all tiles, of which each thread adds up its own.
+    assert (found_gradient - wanted_gradient).abs().max() < 1e-5 * wanted_gradient.abs().max()
 
 
 @compiled
