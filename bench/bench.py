@@ -211,11 +211,11 @@ def measure(
 
 
 # What a training step could be made of: settings, and what is no setting. `fused`: Adam in one kernel;
-# `compiled_sums`: Winograd's by winograd.cpp.
+# `compiled`: Winograd's way by winograd.cpp.
 VARIANTS: dict[str, Numbers] = {
     "default": {},
     "float32": {"precision": "float32"},
-    "float32, sums in torch": {"precision": "float32", "compiled_sums": False},
+    "float32, without winograd.cpp": {"precision": "float32", "compiled": False},
     "bf16": {"precision": "bf16"},
     "bf16, torch.compile": {"precision": "bf16", "compile": "on"},
     "bf16, cudnn.benchmark": {"precision": "bf16", "benchmark": True},
@@ -228,20 +228,20 @@ VARIANTS: dict[str, Numbers] = {
     "reference, bf16": {"side": "reference", "precision": "bf16"},
 }
 ON_GPU = ("bf16, cudnn.benchmark", "bf16, Adam not fused", "reference, TF32")  # variants that mean nothing on a CPU
-ON_CPU = ("float32, sums in torch",)  # nor on a GPU
+ON_CPU = ("float32, without winograd.cpp",)  # nor on a GPU
 
 
 def make_variant(name: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Callable:
     """A function that does one training step the variant's way."""
     variant = dict(VARIANTS[name])
     side, fused = variant.pop("side", "product"), variant.pop("fused", None)
-    compiled_sums = native.library if variant.pop("compiled_sums", True) else lambda: None
+    library = native.library if variant.pop("compiled", True) else lambda: None
     flags = {"benchmark": variant.pop("benchmark", False), "allow_tf32": variant.pop("tf32", False)}
     settings = knobs.replace(settings, variant)
     step = make_training(side, settings, device, *size, fused=fused)
 
     def run() -> float:
-        with torch.backends.cudnn.flags(enabled=True, **flags), mock.patch.object(native, "library", compiled_sums):
+        with torch.backends.cudnn.flags(enabled=True, **flags), mock.patch.object(native, "library", library):
             if side == "product":
                 return step()
             with autocast(settings.precision if "precision" in variant else "float32", device):

@@ -100,11 +100,14 @@ def ideas(layer: P4ConvP4) -> dict[str, Callable[[Tensor], Tensor]]:
         with torch.autocast("cpu", torch.bfloat16):
             return plain(x)
 
-    def in_tiles(chunk: int, compiled: bool = True) -> Callable[[Tensor], Tensor]:
+    def compiled(x: Tensor) -> Tensor:
+        with shared_filters():
+            return conv2d([x], kept)
+
+    def in_torch(chunk: int) -> Callable[[Tensor], Tensor]:
         def convolve(x: Tensor) -> Tensor:
-            sums = mock.patch.object(native, "library", native.library if compiled else lambda: None)
-            with mock.patch.object(winograd, "CHUNK", chunk), sums, shared_filters():
-                return conv2d([x], kept)
+            with mock.patch.object(winograd, "CHUNK", chunk), mock.patch.object(native, "library", return_value=None):
+                return compiled(x)
 
         return convolve
 
@@ -119,10 +122,10 @@ def ideas(layer: P4ConvP4) -> dict[str, Callable[[Tensor], Tensor]]:
         "direct, bfloat16": bfloat16,
         "irreducible blocks (6/16)": blocks,
     }
+    if native.library():
+        found["Winograd, compiled"] = compiled
     for chunk in (64, 128, 256, 512, 1024, 4096):
-        if native.library():
-            found[f"Winograd, {chunk} tiles, compiled sums"] = in_tiles(chunk)
-        found[f"Winograd, {chunk} tiles, sums in torch"] = in_tiles(chunk, compiled=False)
+        found[f"Winograd, {chunk} tiles, in torch"] = in_torch(chunk)
     return found
 
 

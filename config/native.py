@@ -1,4 +1,4 @@
-"""winograd.cpp, compiled where there is a C++ compiler: the sums of winograd.py, several times as fast."""
+"""winograd.cpp, compiled where there is a C++ compiler: what winograd.py does in torch, several times as fast."""
 
 import ctypes
 import functools

@@ -1,4 +1,5 @@
-// The sums of winograd.py in one pass over the memory: whole tiles, all channels, in the processor's registers.
+// What winograd.py does, in one pass over the memory: a few tiles at a time go from their pixels to the values at the
+// points, through the products with the matrices, and back, while they stay in a core's own cache.
 //
 // native.py compiles this where there is a compiler. The formulas are those of winograd.py, which does without.
 

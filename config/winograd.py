@@ -7,8 +7,8 @@ are taken to the 64 pairs of points by sums alone, there meet the filters in 64 
 are brought back. In the mean, one layer rounds eight times as coarsely as the direct float32 convolution, a whole
 network less than twice (tests/test_winograd.py, bench/NOTES.md).
 
-The sums are here in torch; where there is a compiler, winograd.cpp does the same faster (native.py). Here they run over
-long pieces of memory because columns are kept by their place in the tile. A band of image rows is
+All this is here in torch; where there is a compiler, winograd.cpp does the same faster (native.py). Here the sums run
+over long pieces of memory because columns are kept by their place in the tile. A band of image rows is
 (rows, 4, tiles + 2, C): place in the tile, tile, channel, with a tile of zeros at either end.
 """
 
@@ -26,7 +26,7 @@ KERNEL = 5
 HALO = KERNEL // 2
 POINTS = 8  # TILE + KERNEL - 1 points: 0, 1, -1, 2, -2, 1/2, -1/2, infinity
 LINE = 16  # float32 numbers in a line of the cache
-CHUNK = 256  # tiles that are worked on at once: their 64 values a channel stay in a cache of some megabytes
+CHUNK = 256  # tiles that are worked on at once in torch: their 64 values a channel stay in a cache of some megabytes
 
 # Filter taps to their values at the points, each divided by what `_to_points` leaves out.
 _SCALES = (1, -4.5, -4.5, 360, 360, 1.40625, 1.40625)

@@ -1,4 +1,4 @@
-"""The compiled sums against those of winograd.py in torch, and what happens where there is no compiler."""
+"""The compiled code against winograd.py in torch, and what happens where there is no compiler."""
 
 import os
 import subprocess

@@ -21,8 +21,8 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True, params=["compiled", "in torch"], ids=["compiled", "in-torch"])
-def sums(request, monkeypatch):
-    """All of this holds with the sums of winograd.cpp and with those in torch."""
+def way(request, monkeypatch):
+    """All of this holds with winograd.cpp and in torch."""
     if request.param == "in torch":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
