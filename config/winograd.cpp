@@ -218,11 +218,11 @@ struct Factors {
     Index b_row, count;  // of k
 };
 
-// Some rows and 16 * WIDE (and 8) columns of the product, written to `c` or added to it.
-template <int WIDE, bool HALF, int ROWS> inline void piece(const Factors &f, float *c, Index c_row, bool add) {
-    Sixteen sums[ROWS][WIDE + 1];  // never empty
-    Eight half[ROWS];
-    for (int r = 0; r < ROWS; r++) {
+// HIGH rows and 16 * WIDE (and 8) columns of the product, written to `c` or added to it.
+template <int WIDE, bool HALF, int HIGH> inline void piece(const Factors &f, float *c, Index c_row, bool add) {
+    Sixteen sums[HIGH][WIDE + 1];  // never empty
+    Eight half[HIGH];
+    for (int r = 0; r < HIGH; r++) {
         for (int w = 0; w < WIDE; w++) sums[r][w] = add ? load<Sixteen>(c + r * c_row + 16 * w) : Sixteen{};
         if (HALF) half[r] = add ? load<Eight>(c + r * c_row + 16 * WIDE) : Eight{};
     }
@@ -232,13 +232,13 @@ template <int WIDE, bool HALF, int ROWS> inline void piece(const Factors &f, flo
         Eight b_half{};
         for (int w = 0; w < WIDE; w++) b_wide[w] = load<Sixteen>(b + 16 * w);
         if (HALF) b_half = load<Eight>(b + 16 * WIDE);
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < HIGH; r++) {
             const float factor = a[r * f.a_row];
             for (int w = 0; w < WIDE; w++) sums[r][w] += b_wide[w] * factor;
             if (HALF) half[r] += b_half * factor;
         }
     }
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < HIGH; r++) {
         for (int w = 0; w < WIDE; w++) store(sums[r][w], c + r * c_row + 16 * w);
         if (HALF) store(half[r], c + r * c_row + 16 * WIDE);
     }
