@@ -142,17 +142,26 @@ def multiply(values: Tensor, matrices: Tensor, product: Tensor, add: bool) -> No
     )
 
 
-def convolve(inputs: Sequence[Tensor], outputs: Sequence[Tensor], matrices: Tensor, bias: Tensor | None) -> None:
+def convolve(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    matrices: Tensor,
+    bias: Tensor | None,
+    top: int = WINDOW,
+    left: int = WINDOW,
+) -> None:
     """Writes the convolution of the images `inputs` (N, H, W, I), side by side in the channels, to `outputs`.
 
-    `matrices` are (64, I, O), `bias` (O), as `winograd.transform_filters` makes them, O the channels of all outputs.
+    `matrices` are (64, I, O), `bias` (O), as `winograd.transform_filters` makes them, O the channels of all outputs. Both
+    sides may be bands, as `_described` takes them; the window of the outputs' first tile begins at the inputs' pixel
+    (top, left).
     """
     if short := -matrices.shape[2] % CHANNELS:
         matrices, bias = (x if x is None else F.pad(x, (0, short)) for x in (matrices, bias))
     matrices = matrices.contiguous()
     inputs = [_channels_last(x) for x in inputs]
     library().convolve(
-        *_described(inputs, WINDOW, WINDOW),
+        *_described(inputs, top, left),
         *_described(outputs),
         ctypes.c_int64(len(inputs[0])),
         ctypes.c_void_p(matrices.data_ptr()),

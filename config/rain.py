@@ -91,6 +91,19 @@ STYLES = {
             Streaks(True, (0, 2), (20, 45), (25, 60), (1.0, 1.6), (0.02, 0.1), (10, 30)),  # faint, across the others
         ),
     ),
+    # For training: wider than what the 18 pairs show, in directions above all, as a network leaves what it never saw.
+    "rain100h_wide": RainStyle(
+        angle=14,
+        strength=(0.5, 1.5),
+        streaks=(
+            Streaks(True, (1, 3), (0, 22), (60, 170), (0.9, 2.4), (0.15, 0.55), (40, 90), missing=((0, 0.4), (0.3, 1))),
+            Streaks(
+                *(False, (0, 3), (0, 22), (45, 190), (1.2, 2.8), (0.2, 0.45), (30, 95), (0.9, 3), 0.2),
+                missing=((0, 0.6), (0.2, 0.8)),
+            ),
+            Streaks(False, (0, 2), (15, 50), (30, 90), (1.2, 3.0), (0.02, 0.2), (10, 35), (1, 4)),  # faint, across
+        ),
+    ),
     # To published figures: one direction, sparse and soft.
     "rain100l": RainStyle(
         angle=25,

@@ -3,7 +3,7 @@
 All layers follow one another through the image, each four rows behind the one before it, so that nothing is computed
 twice and nothing but the states that pass from stage to stage is kept whole. These are kept as what the connections
 make of them, the form in which the next stage needs them: the connection of layer l then has the same input as layer
-l + 1, and one convolution makes both. Each state is overwritten while it is read: a layer writes rows only where the
+l + 1. Each state is overwritten while it is read: a layer writes rows only where the
 layer that reads them has passed. The squeeze-and-excitation block needs the mean of the whole image; it stands at the
 end of a stage, so that a stage is one pass.
 """
@@ -16,35 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory import Room
-from winograd import (
-    CHUNK,
-    HALO,
-    KERNEL,
-    TILE,
-    from_band,
-    multiply,
-    tiles,
-    to_band,
-    transform_back,
-    transform_filters,
-    transform_windows,
-    work,
-)
+from winograd import HALO, KERNEL, TILE, Product, convolve_bands, from_band, tiles, to_band, transform_filters
 
+CHUNK = 512  # tiles of a strip, about
 BEHIND = TILE  # rows by which a layer is behind the one before it: one tile, which covers HALO
 
 
-class Product(NamedTuple):
-    matrices: Tensor  # (64, C, O): see winograd.transform_filters
+class Sums(NamedTuple):
+    """A convolution, as `winograd.Product` takes it."""
+
+    matrices: Tensor  # (64, I, O)
     bias: Tensor  # (O)
 
 
 class Position(NamedTuple):
-    """What is made of one feature map x: the sums of the next layer, and the connection of x's own layer."""
+    """What is made of one feature map x: the next layer, and the connection of x's own layer."""
 
-    layer: Product | None  # None where the next layer is a pooling
-    linked: Tensor | None  # (64, C, C): for the connected state that the next layer takes besides x
-    connection: Product | None
+    layer: Sums | None  # of x and, in networks with links, of the connected state; None where it is a pooling
+    connection: Sums | None
 
 
 def _positions(network: nn.Module) -> list[Position]:
@@ -54,20 +43,18 @@ def _positions(network: nn.Module) -> list[Position]:
     identity = torch.zeros(channels, channels, KERNEL, KERNEL, dtype=torch.float64)
     identity[range(channels), range(channels), HALO, HALO] = 1
     for index, layer in enumerate([*network.re_layer, network.dec[0]]):
-        product = linked = connection = None
+        sums = connection = None
         if hasattr(layer, "make_filters"):
             filters, bias = (x.double() for x in layer.make_filters())
             if index < len(network.re_layer):
-                if network.link == "concat":
-                    linked = transform_filters(filters[:, channels:])
-                elif network.link == "add":
-                    linked = transform_filters(filters + identity)
-                filters = filters[:, :channels] + identity
-            product = Product(transform_filters(filters), bias.float())
+                own = filters[:, :channels] + identity
+                linked = {"none": [], "concat": [filters[:, channels:]], "add": [own]}[network.link]
+                filters = torch.cat([own, *linked], 1)
+            sums = Sums(transform_filters(filters), bias.float())
         if index and network.link != "none":
             filters, bias = network.connect_layers[index - 1].conv0.make_filters()
-            connection = Product(transform_filters(filters), bias)
-        positions.append(Position(product, linked, connection))
+            connection = Sums(transform_filters(filters), bias)
+        positions.append(Position(sums, connection))
     return positions
 
 
@@ -95,19 +82,21 @@ class StripRunner:
         self.states = None
         if network.link != "none":
             self.states = room.zeros(depth, self.rows + 2 * HALO, TILE, self.columns + 2, channels)
-        self.first_sums: dict[int, Tensor] = {}
+            for state, connection in zip(self.states, network.connect_layers, strict=True):
+                # The states before stage 1 are zeros, of which the connection leaves this everywhere within the image.
+                state[HALO:-HALO, :, 1:-1] = F.leaky_relu(connection.conv0.make_filters()[1], self.slope)
+                self._clear_outside(state[HALO:-HALO], self.rows)
 
-    def stage(self, first: bool, last: bool) -> Iterator[float]:
+    def stage(self, last: bool) -> Iterator[float]:
         """One stage, which changes the states and the image; yields the share of its work done, after every strip."""
         self.x.zero_()
         strips = range(0, self.rows + BEHIND * len(self.positions), self.step)  # the last layer is so far behind
         for start in strips:
             self._first_layer(start)
             for index in range(len(self.positions)):
-                self._position(index, start - BEHIND * (index + 1), first, last)
+                self._position(index, start - BEHIND * (index + 1), last)
             self.room.release()
             yield 1 / len(strips)
-        self.first_sums.clear()
 
     def rain_layer(self) -> Tensor:
         """R (3, H, W) of the stage that is finished; the image becomes O - R, the next stage's input."""
@@ -143,7 +132,7 @@ class StripRunner:
         to_band([F.leaky_relu_(x, self.slope)[0].permute(1, 2, 0)], place)
         place[end - start :] = 0
 
-    def _position(self, index: int, start: int, first: bool, last: bool) -> None:
+    def _position(self, index: int, start: int, last: bool) -> None:
         """What is made of x_index in as many rows from `start` on as a strip has and the image holds."""
         final = index == len(self.positions) - 1
         place = None if final else self._new_rows(index + 1)
@@ -153,59 +142,26 @@ class StripRunner:
         if top >= end:
             return
         position = self.positions[index]
-        inputs = self.x[index][top - start : end - start + 2 * HALO]
-        connects = position.connection is not None and not last
-        if connects or position.layer:
-            values = transform_windows(inputs)
-        if connects:
-            rows = F.leaky_relu_(self._rows(multiply(values, *position.connection)), self.slope)
-            self._put(rows, self.states[index - 1, HALO + top : HALO + end], end)
-        if position.layer:
-            product = multiply(values, *position.layer)
-            if position.linked is not None:
-                if first:
-                    product += self._first_linked(index, top, end)
-                else:
-                    states = transform_windows(self.states[index, top : end + 2 * HALO])
-                    multiply(states, position.linked, onto=product)
-            rows = self._rows(product)
-        else:
-            x = inputs[HALO:-HALO, :, 1:-1]  # (n, 4, tiles, C * 4)
+        inputs = [self.x[index][top - start : end - start + 2 * HALO]]
+        if self.states is not None and not final:
+            inputs.append(self.states[index, top : end + 2 * HALO])
+        products, activated = [], []
+        if position.connection is not None and not last:
+            activated.append(self.states[index - 1, HALO + top : HALO + end])
+            products.append(Product(1, *position.connection, activated[0][:, :, 1:-1]))
+        if position.layer is not None:
+            out = self.gathered[top:end] if final else place[top - start : end - start, :, 1:-1]
+            products.append(Product(len(inputs), *position.layer, out))
+            if not final:
+                activated.append(place[top - start : end - start])
+        convolve_bands(inputs, products)
+        for band in activated:
+            F.leaky_relu_(band, self.slope)
+            self._clear_outside(band, end)
+        if position.layer is None:
+            x = inputs[0][HALO:-HALO, :, 1:-1]  # (n, 4, tiles, C * 4)
             rows = self.network.dec[0](x.flatten(0, 2).unflatten(1, (-1, 4))).view(*x.shape[:3], -1)
-        if final:
-            from_band(rows, self.gathered[top : min(end, self.height)])
-        else:
-            self._put(F.leaky_relu_(rows, self.slope), place[top - start : end - start], end)
-
-    def _first_linked(self, index: int, top: int, end: int) -> Tensor:
-        """What layer `index` takes from the states before stage 1, rows `top` to `end`: (8, 8, n / 4, tiles, C).
-
-        These states are zeros, of which the connection leaves LeakyReLU(bias) everywhere within the image. So all
-        strips that do not touch the image's upper or lower edge have it in common.
-        """
-        inside = top >= HALO and end + HALO <= self.height and end - top == self.step
-        if inside and index in self.first_sums:
-            return self.first_sums[index]
-        band = self.x.new_zeros(end - top + 2 * HALO, *self.x.shape[2:])
-        rows = band[max(HALO - top, 0) : self.height + HALO - top]
-        rows[:, :, 1:-1] = F.leaky_relu(self.network.connect_layers[index].conv0.make_filters()[1], self.slope)
-        self._clear_outside(rows, 0)
-        values = transform_windows(band)
-        linked = self.positions[index].linked
-        sums = multiply(values, linked, onto=values.new_zeros(*values.shape[:-1], linked.shape[2]))
-        if inside:
-            self.first_sums[index] = sums
-        return sums
-
-    def _rows(self, product: Tensor) -> Tensor:
-        """The rows (n, 4, tiles, O) of a product (8, 8, n / 4, tiles, O)."""
-        rows = work("rows", TILE * product.shape[2], TILE, *product.shape[3:])
-        transform_back(product, rows)
-        return rows
-
-    def _put(self, rows: Tensor, band: Tensor, end: int) -> None:
-        band[:, :, 1:-1] = rows
-        self._clear_outside(band, end)
+            from_band(rows, self.gathered[top:end])
 
 
 @torch.no_grad()
@@ -222,6 +178,6 @@ def each_stage(
     """
     runner = StripRunner(network, O, Room(memory_gib))
     for t in range(stage_num):
-        for share in runner.stage(first=t == 0, last=t == stage_num - 1):
+        for share in runner.stage(last=t == stage_num - 1):
             tick(share / stage_num)
         yield runner.rain_layer()

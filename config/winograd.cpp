@@ -322,14 +322,14 @@ extern "C" void multiply(const Values *values, Index channels, const float *matr
 }
 
 // Convolution of `number` images `inputs` with `matrices` (64, channels of the inputs, columns), `bias` (columns) added;
-// columns are the channels of the outputs, filled up to a multiple of 8.
+// columns are the channels of the outputs, filled up to a multiple of 8. The tiles are those that cover the outputs.
 extern "C" void convolve(const Images *inputs, Index input_count, const Images *outputs, Index output_count, Index number,
                          const float *matrices, const float *bias, Index threads) {
     const Index channels = channels_of(inputs, input_count);
     const Index columns = multiple(channels_of(outputs, output_count), COLUMNS);
     const auto gather = gather_of<POINTS>(inputs, input_count);
     const auto scatter = scatter_of(outputs, output_count);
-    for_blocks(number, *inputs, threads, [&](Index, Index count, const auto &place) {
+    for_blocks(number, *outputs, threads, [&](Index, Index count, const auto &place) {
         const Index size = POINTS * POINTS * Block::step(channels);
         float *memory = Block::memory(size + POINTS * POINTS * Block::step(columns));
         const Block windows(memory, channels), results(memory + size, columns);

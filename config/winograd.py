@@ -15,6 +15,7 @@ over long pieces of memory because columns are kept by their place in the tile. 
 import math
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,19 +229,56 @@ def _convolve(inputs: list[Tensor], matrices: Tensor, bias: Tensor | None, *chan
     return results
 
 
-def multiply(values: Tensor, matrices: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+class Product(NamedTuple):
+    """A convolution of bands of one image, of which several may read the same ones."""
+
+    bands: int  # it reads so many of the first, side by side in the channels
+    matrices: Tensor  # (64, I, O): see `transform_filters`
+    bias: Tensor | None  # (O)
+    out: Tensor  # where its result goes: a band's inner part (rows, 4, tiles, O), or an image (H, W, O), H <= rows
+
+
+def convolve_bands(bands: list[Tensor], products: list[Product]) -> None:
+    """Convolutions of bands (rows + 4, 4, tiles + 2, I), each with its halo, that write their results."""
+    if native.fits(*bands, *(product.out for product in products)):
+        for count, matrices, bias, out in products:
+            native.convolve([band[None] for band in bands[:count]], [out[None]], matrices, bias, 0, TILE - HALO)
+        return
+    sums: list[Tensor | None] = [None] * len(products)
+    first = 0
+    for number, band in enumerate(bands):
+        values, end = transform_windows(band), first + band.shape[-1]
+        for place, (count, matrices, bias, _) in enumerate(products):
+            if number == 0:
+                out = work.values(f"M{place}", *values.shape[2:-1], matrices.shape[2])
+                sums[place] = multiply(values, matrices[:, :end], bias, out)
+            elif number < count:
+                multiply(values, matrices[:, first:end], out=sums[place], add=True)
+        first = end
+    for product, summed in zip(products, sums, strict=True):
+        rows = work("rows", TILE * summed.shape[2], TILE, *summed.shape[3:])
+        transform_back(summed, rows)
+        if product.out.dim() == rows.dim():
+            product.out.copy_(rows)
+        else:
+            from_band(rows, product.out)
+
+
+def multiply(
+    values: Tensor, matrices: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
+) -> Tensor:
     """The 64 products over the channels: (8, 8, ..., C) and (64, C, O) to (8, 8, ..., O), with the bias added.
 
-    They are added to `onto`, if any, else they lie in memory that the next call overwrites.
+    They are written to `out`, or added to it, or else lie in memory that the next call overwrites.
     """
     channels, results = matrices.shape[1:]
-    product = work.values("M", *values.shape[2:-1], results) if onto is None else onto
+    product = work.values("M", *values.shape[2:-1], results) if out is None else out
     if native.multiplies(matrices):
-        native.multiply(values, matrices, product, onto is not None)
+        native.multiply(values, matrices, product, add)
     else:
         factors = values.view(POINTS**2, -1, channels), matrices
-        out = product.view(POINTS**2, -1, results)
-        torch.bmm(*factors, out=out) if onto is None else out.baddbmm_(*factors)
+        flat = product.view(POINTS**2, -1, results)
+        flat.baddbmm_(*factors) if add else torch.bmm(*factors, out=flat)
     if bias is not None:
         product[1, 1] += bias  # the value at the points (1, 1) goes into all outputs alike
     return product
