@@ -30,7 +30,7 @@ class Streaks:
 
     Hard streaks are single noise pixels drawn out to lines: their brightness is constant and they end square. Soft
     streaks are blurred noise of which only what exceeds a threshold is left: they taper. A set has a brightness that it
-    doesn't exceed, however many of its streaks overlap; sets add up.
+    doesn't exceed, however many of its streaks overlap, unless these are hard ones that add up; sets add up.
     """
 
     hard: bool
@@ -45,6 +45,7 @@ class Streaks:
     # Shares of the streaks' length, at the picture's top and at its bottom, where none has its middle, of the rows from
     # half a length outside the picture on: there rain is weaker. Empty: as dense as everywhere.
     missing: tuple[Range, ...] = ()
+    adds: bool = False  # of hard streaks: they add up where they cross, and `level` is the mean of one, not its limit
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,14 @@ STYLES = {
             Streaks(True, (0, 2), (20, 45), (25, 60), (1.0, 1.6), (0.02, 0.1), (10, 30)),  # faint, across the others
         ),
     ),
-    # For training: wider than what the 18 pairs show, in directions above all, as a network leaves what it never saw.
-    "rain100h_wide": RainStyle(
-        angle=14,
-        strength=(0.5, 1.5),
+    # What the weights in the box were trained with: streaks are shorter, hard ones add up and don't fade at the borders.
+    "rain100h_adding": RainStyle(
+        angle=10,
+        strength=(0.85, 1.15),
         streaks=(
-            Streaks(True, (1, 3), (0, 22), (60, 170), (0.9, 2.4), (0.15, 0.55), (40, 90), missing=((0, 0.4), (0.3, 1))),
-            Streaks(
-                *(False, (0, 3), (0, 22), (45, 190), (1.2, 2.8), (0.2, 0.45), (30, 95), (0.9, 3), 0.2),
-                missing=((0, 0.6), (0.2, 0.8)),
-            ),
-            Streaks(False, (0, 2), (15, 50), (30, 90), (1.2, 3.0), (0.02, 0.2), (10, 35), (1, 4)),  # faint, across
+            Streaks(True, (0, 5), (0, 12), (40, 160), (1.2, 2.1), (0.17, 0.42), (34, 70), adds=True),
+            Streaks(False, (1, 2), (0, 14), (25, 120), (1.2, 2.0), (0.2, 0.45), (18, 42)),
+            Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20), adds=True),
         ),
     ),
     # To published figures: one direction, sparse and soft.
@@ -162,7 +160,9 @@ def _set(
     length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
     across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
     size, borders = (height, _canvas_width(height, width, angle)), tuple(zip(kind.missing, around, strict=False))
-    if kind.hard:
+    if kind.hard and kind.adds:
+        canvas = _adding_streaks(*size, length, across, rng.uniform(*kind.coverage), rng)
+    elif kind.hard:
         canvas = _hard_streaks(*size, length, across, rng.uniform(*kind.coverage), borders, rng)
     else:
         canvas = _soft_streaks(*size, length, across, rng.uniform(*kind.coverage), kind.taper, borders, rng)
@@ -210,6 +210,21 @@ def _hard_streaks(
     lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
     lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)
     return cv2.resize(lines, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
+
+
+def _adding_streaks(
+    height: int, width: int, length: int, across: float, coverage: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(height, width) float32: vertical lines of one length that add up, each of one brightness, 1 in the mean."""
+    rows = height + length
+    count = rng.poisson(-log1p(-coverage) * rows * width / (length * across))
+    lines = np.zeros((rows, width), np.float32)
+    # Brightness varies from line to line as what exceeds a threshold in noise does.
+    brightness = 0.65 + 0.35 * rng.standard_exponential(count, dtype=np.float32)
+    lines.reshape(-1)[rng.integers(0, lines.size, count)] = brightness
+    lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
+    edge = (across - 1) / 2
+    return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))
 
 
 def _clear_borders(canvas: np.ndarray, value: int, length: int, borders: Borders, rng: np.random.Generator) -> None:

@@ -1,5 +1,6 @@
 """Rain: its model O = clip(B + R), the geometry of streaks, the figures of the styles, the command line."""
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import cv2
@@ -118,6 +119,21 @@ def test_streaks_of_a_set_do_not_add_up_beyond_its_brightest(hard):
     assert rain.render(300, 300, one_kind(False, coverage=0.9, level=32), np.random.default_rng(0)).max() > 50
 
 
+def test_hard_streaks_add_up_where_they_are_said_to():
+    """Of a set, and of lines that are each as bright as 0.65 and more, 1 in the mean."""
+    kind = replace(one_kind(True, length=30, coverage=0.9).streaks[0], adds=True)
+    layer = rain.render(300, 300, RainStyle(angle=0, streaks=(kind,)), np.random.default_rng(0))
+    assert layer.max() > 5 * 40
+    mean = np.log(1 / (1 - 0.9)) * 40  # lines over a pixel, times their level
+    assert layer.mean() == pytest.approx(mean, rel=0.05)
+    sparse = replace(kind, coverage=(0.002, 0.002), width=(1.0, 1.0))
+    layer = rain.render(400, 400, RainStyle(angle=0, streaks=(sparse,)), np.random.default_rng(0))
+    count, places, _, _ = cv2.connectedComponentsWithStats((layer > 2).astype(np.uint8))
+    one_row = [np.bincount(places[row], layer[row], count)[1:].max() for row in range(0, 400, 40)]
+    assert any(one_row)
+    assert min(value for value in one_row if value) >= 0.65 * 40 - 4  # one pixel's worth, over two of them
+
+
 @pytest.mark.parametrize("coverage", [0.2, 0.5])
 def test_soft_streaks_cover_their_share_at_their_level_and_taper(coverage):
     style = one_kind(False, width=5, coverage=coverage, level=40)
@@ -194,6 +210,7 @@ def test_a_part_of_a_picture_is_as_weak_as_it_lies():
 # On a ramp from black to nearly white, as on photographs, clipping takes a part of R away.
 FIGURES = {
     "rain100h": ((35, 65), (125, 190), (70, 95)),
+    "rain100h_adding": ((35, 65), (125, 190), (65, 95)),
     "rain100l": ((3.8, 7.5), (40, 75), (14, 23)),
     "rain800": ((9, 17), (38, 66), (40, 64)),
     **dict.fromkeys(("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"), ((6, 11), (28, 75), (27, 52))),
