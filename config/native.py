@@ -152,9 +152,9 @@ def convolve(
 ) -> None:
     """Writes the convolution of the images `inputs` (N, H, W, I), side by side in the channels, to `outputs`.
 
-    `matrices` are (64, I, O), `bias` (O), as `winograd.transform_filters` makes them, O the channels of all outputs. Both
-    sides may be bands, as `_described` takes them; the window of the outputs' first tile begins at the inputs' pixel
-    (top, left).
+    `matrices` are (64, I, O), `bias` (O), as `winograd.transform_filters` makes them, O the channels of all outputs.
+    Both sides may be bands, as `_described` takes them; the window of the outputs' first tile begins at the inputs'
+    pixel (top, left).
     """
     if short := -matrices.shape[2] % CHANNELS:
         matrices, bias = (x if x is None else F.pad(x, (0, short)) for x in (matrices, bias))

@@ -76,6 +76,13 @@ class IntensityRain:
         return self.directions[rng.integers(len(self.directions))], self.radii[rng.integers(len(self.radii))]
 
 
+# The first form of rain100h: streaks are shorter, hard ones add up, and none fades at the borders.
+ADDING = (
+    Streaks(True, (0, 5), (0, 12), (40, 160), (1.2, 2.1), (0.17, 0.42), (34, 70), adds=True),
+    Streaks(False, (1, 2), (0, 14), (25, 120), (1.2, 2.0), (0.2, 0.45), (18, 42)),
+    Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20), adds=True),
+)
+
 # Fitted until `compare` printed two like columns and the pictures looked alike side by side.
 STYLES = {
     # To 18 real pairs: nearly every picture mixes hard lines, dense, dim and about 100 pixels long, with soft ones that
@@ -92,16 +99,6 @@ STYLES = {
             Streaks(True, (0, 2), (20, 45), (25, 60), (1.0, 1.6), (0.02, 0.1), (10, 30)),  # faint, across the others
         ),
     ),
-    # What the weights in the box were trained with: streaks are shorter, hard ones add up and don't fade at the borders.
-    "rain100h_adding": RainStyle(
-        angle=10,
-        strength=(0.85, 1.15),
-        streaks=(
-            Streaks(True, (0, 5), (0, 12), (40, 160), (1.2, 2.1), (0.17, 0.42), (34, 70), adds=True),
-            Streaks(False, (1, 2), (0, 14), (25, 120), (1.2, 2.0), (0.2, 0.45), (18, 42)),
-            Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20), adds=True),
-        ),
-    ),
     # To published figures: one direction, sparse and soft.
     "rain100l": RainStyle(
         angle=25,
@@ -113,6 +110,13 @@ STYLES = {
         angle=22,
         strength=(0.75, 2.2),
         streaks=(Streaks(False, (1, 1), (0, 0), (10, 65), (0.8, 2.2), (0.4, 0.9), (13, 19)),),
+    ),
+    # What the weights in the box were trained with.
+    "rain100h_adding": RainStyle(angle=10, strength=(0.85, 1.15), streaks=ADDING),
+    "rain100h_varied": RainStyle(
+        angle=10,
+        strength=(0.55, 1.4),
+        streaks=(*ADDING, Streaks(False, (0, 1), (18, 42), (30, 90), (1.2, 2.6), (0.04, 0.2), (10, 30))),
     ),
     "intensity": IntensityRain(),
     # Table IV of the paper: without small, middling and large streaks.

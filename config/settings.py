@@ -65,7 +65,7 @@ class Settings:
         "",
         "style of rain, drawn afresh on every clean crop of the training; empty: the rain of the pairs as stored",
         choices=(  # rain.STYLES
-            *("rain100h", "rain100h_adding", "rain100l", "rain800"),
+            *("rain100h", "rain100l", "rain800", "rain100h_adding", "rain100h_varied"),
             *("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"),
         ),
     )

@@ -211,6 +211,7 @@ def test_a_part_of_a_picture_is_as_weak_as_it_lies():
 FIGURES = {
     "rain100h": ((35, 65), (125, 190), (70, 95)),
     "rain100h_adding": ((35, 65), (125, 190), (65, 95)),
+    "rain100h_varied": ((30, 65), (110, 190), (60, 95)),
     "rain100l": ((3.8, 7.5), (40, 75), (14, 23)),
     "rain800": ((9, 17), (38, 66), (40, 64)),
     **dict.fromkeys(("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"), ((6, 11), (28, 75), (27, 52))),
