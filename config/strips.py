@@ -22,7 +22,7 @@ CHUNK = 512  # tiles of a strip, about
 BEHIND = TILE  # rows by which a layer is behind the one before it: one tile, which covers HALO
 
 
-class Sums(NamedTuple):
+class Kernel(NamedTuple):
     """A convolution, as `winograd.Product` takes it."""
 
     matrices: Tensor  # (64, I, O)
@@ -32,8 +32,8 @@ class Sums(NamedTuple):
 class Position(NamedTuple):
     """What is made of one feature map x: the next layer, and the connection of x's own layer."""
 
-    layer: Sums | None  # of x and, in networks with links, of the connected state; None where it is a pooling
-    connection: Sums | None
+    layer: Kernel | None  # of x and, in networks with links, of the connected state; None where it is a pooling
+    connection: Kernel | None
 
 
 def _positions(network: nn.Module) -> list[Position]:
@@ -43,18 +43,18 @@ def _positions(network: nn.Module) -> list[Position]:
     identity = torch.zeros(channels, channels, KERNEL, KERNEL, dtype=torch.float64)
     identity[range(channels), range(channels), HALO, HALO] = 1
     for index, layer in enumerate([*network.re_layer, network.dec[0]]):
-        sums = connection = None
+        kernel = connection = None
         if hasattr(layer, "make_filters"):
             filters, bias = (x.double() for x in layer.make_filters())
             if index < len(network.re_layer):
                 own = filters[:, :channels] + identity
                 linked = {"none": [], "concat": [filters[:, channels:]], "add": [own]}[network.link]
                 filters = torch.cat([own, *linked], 1)
-            sums = Sums(transform_filters(filters), bias.float())
+            kernel = Kernel(transform_filters(filters), bias.float())
         if index and network.link != "none":
             filters, bias = network.connect_layers[index - 1].conv0.make_filters()
-            connection = Sums(transform_filters(filters), bias)
-        positions.append(Position(sums, connection))
+            connection = Kernel(transform_filters(filters), bias)
+        positions.append(Position(kernel, connection))
     return positions
 
 
