@@ -164,10 +164,9 @@ def _set(
     length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
     across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
     size, borders = (height, _canvas_width(height, width, angle)), tuple(zip(kind.missing, around, strict=False))
-    if kind.hard and kind.adds:
-        canvas = _adding_streaks(*size, length, across, rng.uniform(*kind.coverage), rng)
-    elif kind.hard:
-        canvas = _hard_streaks(*size, length, across, rng.uniform(*kind.coverage), borders, rng)
+    if kind.hard:
+        draw_lines = _adding_streaks if kind.adds else _hard_streaks
+        canvas = draw_lines(*size, length, across, rng.uniform(*kind.coverage), borders, rng)
     else:
         canvas = _soft_streaks(*size, length, across, rng.uniform(*kind.coverage), kind.taper, borders, rng)
         canvas = np.minimum(canvas, _log_uniform(kind.peak, rng))
@@ -217,7 +216,7 @@ def _hard_streaks(
 
 
 def _adding_streaks(
-    height: int, width: int, length: int, across: float, coverage: float, rng: np.random.Generator
+    height: int, width: int, length: int, across: float, coverage: float, borders: Borders, rng: np.random.Generator
 ) -> np.ndarray:
     """(height, width) float32: vertical lines of one length that add up, each of one brightness, 1 in the mean."""
     rows = height + length
@@ -226,6 +225,7 @@ def _adding_streaks(
     # Brightness varies from line to line as what exceeds a threshold in noise does.
     brightness = 0.65 + 0.35 * rng.standard_exponential(count, dtype=np.float32)
     lines.reshape(-1)[rng.integers(0, lines.size, count)] = brightness
+    _clear_borders(lines, 0, length, borders, rng)
     lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
     edge = (across - 1) / 2
     return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))

@@ -3,9 +3,9 @@
 All layers follow one another through the image, each four rows behind the one before it, so that nothing is computed
 twice and nothing but the states that pass from stage to stage is kept whole. These are kept as what the connections
 make of them, the form in which the next stage needs them: the connection of layer l then has the same input as layer
-l + 1. Each state is overwritten while it is read: a layer writes rows only where the
-layer that reads them has passed. The squeeze-and-excitation block needs the mean of the whole image; it stands at the
-end of a stage, so that a stage is one pass.
+l + 1. Each state is overwritten while it is read: a layer writes rows only where the layer that reads them has passed.
+The squeeze-and-excitation block needs the mean of the whole image; it stands at the end of a stage, so that a stage is
+one pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -154,7 +154,8 @@ class StripRunner:
             products.append(Product(len(inputs), *position.layer, out))
             if not final:
                 activated.append(place[top - start : end - start])
-        convolve_bands(inputs, products)
+        if products:
+            convolve_bands(inputs, products)
         for band in activated:
             F.leaky_relu_(band, self.slope)
             self._clear_outside(band, end)
