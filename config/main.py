@@ -90,11 +90,31 @@ def in_steps(settings: Settings, images: int) -> Settings:
     return replace(settings, epochs=0, steps=each * settings.epochs, milestones=milestones)
 
 
-def make_optimizer(network: nn.Module, lr: float) -> torch.optim.Adam:
-    """Adam, on a CUDA GPU in one kernel (section 3.1)."""
-    on_gpu = next(network.parameters()).device.type == "cuda"
+# SOAP turns a convolution's gradient (out, in, 4, 5, 5) as three matrices do: of `out`, of `in` with the orientations, and
+# of the filter's pixels. Sides are merged as long as they stay below this.
+LARGEST_SIDE = 99
+
+
+def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.optim.Optimizer:
+    """Adam (section 3.1), on a CUDA GPU in one kernel, or SOAP: Adam in the eigenvectors of the gradients' covariance."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(parameters, lr=lr, fused=True if on_gpu else None)  # None: PyTorch's choice
+    if kind == "adam":
+        on_gpu = next(network.parameters()).device.type == "cuda"
+        return torch.optim.Adam(parameters, lr=lr, fused=True if on_gpu else None)  # None: PyTorch's choice
+    from pytorch_optimizer.optimizer.soap import SOAP  # takes a second, and few trainings need it
+
+    # Merging fails where nothing would be left to merge with.
+    large = [parameter for parameter in parameters if parameter.numel() > LARGEST_SIDE]
+    small = [parameter for parameter in parameters if parameter.numel() <= LARGEST_SIDE]
+    return SOAP(
+        [{"params": large, "merge_dims": True}, {"params": small}],
+        lr=lr,
+        betas=(0.95, 0.99),
+        shampoo_beta=0.98,
+        weight_decay=0,
+        precondition_frequency=5,
+        max_precondition_dim=LARGEST_SIDE,
+    )
 
 
 def train_step(
@@ -231,7 +251,9 @@ class Trainer:
         self.asked = settings  # what the checkpoints hold
         self.settings = self.dataset.settings = settings = in_steps(settings, len(self.dataset.paths))
         self.criterion = losses.build(settings, self.dataset.labelled).to(self.device)
-        self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr)
+        self.optimizer = make_optimizer(
+            nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer
+        )
         self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
         self.averaged = None
         if settings.average:
@@ -257,12 +279,13 @@ class Trainer:
             was = "with" if start.criterion else "without"
             raise UserError(f"{source} was trained {was} labels, which is another loss: name another run with --run")
         if start.optimizer:
-            for group in start.optimizer.get("param_groups", []):
-                group["fused"] = self.optimizer.defaults["fused"]  # the training may have begun on another device
+            if "fused" in self.optimizer.defaults:
+                for group in start.optimizer.get("param_groups", []):
+                    group["fused"] = self.optimizer.defaults["fused"]  # the training may have begun on another device
             try:
                 self.optimizer.load_state_dict(start.optimizer)
             except (ValueError, KeyError):
-                raise UserError(f"{source} holds an optimiser's state that is not Adam's of this network") from None
+                raise UserError(f"{source} holds an optimiser's state that is not that of this network") from None
         if start.criterion:
             self.criterion.load_state_dict(start.criterion, strict=False)
         if self.averaged and start.average:
@@ -522,6 +545,11 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
             network = {field: getattr(old, field) for field in knobs.NETWORK}
             old = knobs.replace(knobs.resolve(preset or "sdsen"), network)
         settings = knobs.replace(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
+        if start.optimizer is not None and settings.optimizer != old.optimizer:
+            raise UserError(
+                f"{source} holds the state of {old.optimizer}, not of {settings.optimizer}: export it and begin with its "
+                "weights"
+            )
         wanted = knobs.resolve(preset, overrides) if preset else settings
         changed = [n for n in knobs.FIELDS if getattr(settings, n) != getattr(old, n)]
         for field in knobs.NETWORK:

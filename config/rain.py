@@ -6,7 +6,7 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, cos, log1p, nan, radians, sqrt, tan
 from pathlib import Path
 from statistics import NormalDist
@@ -21,6 +21,7 @@ Range = tuple[float, float]
 Rows = tuple[int, int]
 Borders = tuple[tuple[Range, int], ...]  # top and bottom of a picture: `Streaks.missing`, and how many rows away it is
 
+SMOOTH = np.array([[0.18], [0.64], [0.18]], np.float32)  # along stepped streaks, whose steps are softened so
 FINE = 3  # hard streaks are drawn on so many columns to a pixel, as they lie anywhere between the pixels
 
 
@@ -46,6 +47,8 @@ class Streaks:
     # half a length outside the picture on: there rain is weaker. Empty: as dense as everywhere.
     missing: tuple[Range, ...] = ()
     adds: bool = False  # of hard streaks: they add up where they cross, and `level` is the mean of one, not its limit
+    steps: bool = False  # streaks lean in steps of half a pixel, each in its own rows, instead of evenly
+    order: float = 2.0  # the higher, the more sets have a turn near its lower end
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ ADDING = (
     Streaks(True, (0, 1), (25, 45), (20, 50), (1.0, 1.4), (0.02, 0.08), (10, 20), adds=True),
 )
 
+PEAK = (0.9, 2.8)
+
 # Fitted until `compare` printed two like columns and the pictures looked alike side by side.
 STYLES = {
     # To 18 real pairs: nearly every picture mixes hard lines, dense, dim and about 100 pixels long, with soft ones that
@@ -118,6 +123,22 @@ STYLES = {
         strength=(0.55, 1.4),
         streaks=(*ADDING, Streaks(False, (0, 1), (18, 42), (30, 90), (1.2, 2.6), (0.04, 0.2), (10, 30))),
     ),
+    # rain100h with what was missing there: real streaks lean in steps, and many are short, faint and across the others.
+    "rain100h_stepped": RainStyle(
+        angle=13,
+        strength=(0.4, 1.6),
+        streaks=tuple(
+            replace(kind, steps=True)
+            for kind in (
+                Streaks(True, (0, 3), (0, 14), (100, 190), (1.2, 2.6), (0.15, 0.5), (40, 95), order=3),
+                Streaks(True, (0, 2), (0, 14), (60, 190), (1.2, 2.4), (0.12, 0.35), (30, 75), adds=True, order=3),
+                Streaks(False, (0, 2), (0, 18), (115, 285), (1.4, 3.2), (0.2, 0.45), (40, 105), PEAK, 0.23, order=3),
+                Streaks(False, (0, 2), (0, 22), (18, 90), (1.4, 2.8), (0.12, 0.35), (20, 60), PEAK, 0.23),
+                Streaks(True, (0, 1), (24, 42), (20, 60), (0.85, 1.35), (0.03, 0.2), (5, 20), adds=True, order=1),
+                Streaks(False, (0, 1), (16, 45), (13, 65), (1, 1.7), (0.05, 0.3), (5, 20), PEAK, 0.23, order=1),
+            )
+        ),
+    ),
     "intensity": IntensityRain(),
     # Table IV of the paper: without small, middling and large streaks.
     "intensity_wo_s": IntensityRain(radii=(0.4, 0.6, 0.8, 1.0)),
@@ -141,7 +162,7 @@ def render(
     strength = _log_uniform(style.strength, rng)
     for kind in style.streaks:
         for _ in range(rng.integers(kind.sets[0], kind.sets[1] + 1)):
-            turn = kind.turn[0] + (kind.turn[1] - kind.turn[0]) * rng.uniform() ** 2
+            turn = kind.turn[0] + (kind.turn[1] - kind.turn[0]) * rng.uniform() ** kind.order
             angle = main + turn * (-1, 1)[rng.integers(2)]
             rain += _set(height, width, angle, kind, strength * _log_uniform(kind.level, rng), around, rng)
     return cv2.convertScaleAbs(rain)  # rounds, clips at 255
@@ -157,20 +178,24 @@ def add_rain(
 def _set(
     height: int, width: int, angle: float, kind: Streaks, level: float, around: Rows, rng: np.random.Generator
 ) -> np.ndarray:
-    """One set, (height, width) float32: vertical streaks sheared by `angle` degrees; positive leans as "/" does.
+    """One set, (height, width) float32: streaks that lean by `angle` degrees; positive leans as "/" does.
 
-    Filtering along the columns and shearing takes the same few milliseconds for every length, a turned kernel doesn't.
+    All but stepped ones are vertical lines that are sheared: filtering along the columns and shearing takes the same
+    few milliseconds for every length, a turned kernel doesn't.
     """
     length = max(2, round(_log_uniform(kind.length, rng) * cos(radians(angle))))
     across = rng.uniform(*kind.width) / cos(radians(angle))  # a sheared streak is as wide as its cut along a row
     size, borders = (height, _canvas_width(height, width, angle)), tuple(zip(kind.missing, around, strict=False))
-    if kind.hard:
+    if kind.steps:
+        canvas = _stepped_streaks(height, width, angle, length, across, kind, borders, rng)
+    elif kind.hard:
         draw_lines = _adding_streaks if kind.adds else _hard_streaks
         canvas = draw_lines(*size, length, across, rng.uniform(*kind.coverage), borders, rng)
     else:
         canvas = _soft_streaks(*size, length, across, rng.uniform(*kind.coverage), kind.taper, borders, rng)
+    if not kind.hard:
         canvas = np.minimum(canvas, _log_uniform(kind.peak, rng))
-    return _shear(level * canvas, width, angle, rng)
+    return level * canvas if kind.steps else _shear(level * canvas, width, angle, rng)
 
 
 def _canvas_width(height: int, width: int, angle: float) -> int:
@@ -231,6 +256,63 @@ def _adding_streaks(
     return cv2.sepFilter2D(lines, -1, np.array([edge, 1, edge]), np.ones(1))
 
 
+def _stepped_streaks(
+    height: int,
+    width: int,
+    angle: float,
+    length: int,
+    across: float,
+    kind: Streaks,
+    borders: Borders,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(height, width) float32: what the functions above draw, leaning by `angle` degrees in steps of half a pixel."""
+    coverage, even = rng.uniform(*kind.coverage), rng.uniform() < 0.5
+    if kind.hard:
+        edge = min(1.0, max(0.0, across - 1))
+        profile = np.array([[edge / 2, 1, edge / 2] if even else [0, 1, edge]], np.float32)
+        line = _filter(np.pad(_stepped_line(length, angle), 1), SMOOTH @ profile)
+    else:
+        first, second = max(1, round((1 - kind.taper) * length)), max(1, round(kind.taper * length))
+        blur = cv2.getGaussianKernel(2 * ceil(across) + 1, across / 2.355, cv2.CV_32F)
+        line = np.pad(_stepped_line(first, angle), second // 2 + ceil(across))
+        line = _filter(_filter(line, _stepped_line(second, angle)), (blur if even else SMOOTH) @ blur.T)
+    rows, columns = line.shape
+    points = np.zeros((height + rows, width + columns), np.float32)  # larger, so that streaks enter from outside
+    if kind.hard:
+        count = rng.poisson(-log1p(-coverage) * points.size / (length * across))
+        brightness = 0.65 + 0.35 * rng.standard_exponential(count) if kind.adds else rng.uniform(0.55, 1, count)
+        points.reshape(-1)[rng.integers(0, points.size, count)] = brightness
+    else:
+        points = rng.standard_normal(points.shape, np.float32)
+    _clear_borders(points, 0, rows, borders, rng)
+    streaks = _filter(points, line)[rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width]
+    if kind.hard:
+        return streaks if kind.adds else np.minimum(streaks, 1)
+    threshold, excess = _over(coverage)
+    return np.maximum(streaks / sqrt((line**2).sum()) - threshold, 0) / excess
+
+
+def _stepped_line(length: int, angle: float) -> np.ndarray:
+    """(length, columns) float32: what a point is drawn out to; a row sums to 1, in one column or halves of two."""
+    places = np.round(-2 * tan(radians(angle)) * (np.arange(length) - (length - 1) / 2)) / 2
+    centre = ceil(np.abs(places).max()) + 1
+    line = np.zeros((length, 2 * centre + 1), np.float32)
+    for shift in (0, 0.5):
+        line[np.arange(length), np.floor(places + shift).astype(int) + centre] += 0.5
+    return line
+
+
+def _filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_CONSTANT)  # long kernels by Fourier transforms
+
+
+def _over(coverage: float) -> tuple[float, float]:
+    """The threshold that `coverage` of normal values exceed, and by how much these do in the mean, in deviations."""
+    threshold = NormalDist().inv_cdf(1 - coverage)
+    return threshold, NormalDist().pdf(threshold) / coverage - threshold
+
+
 def _clear_borders(canvas: np.ndarray, value: int, length: int, borders: Borders, rng: np.random.Generator) -> None:
     """Sets to `value` the first and last rows of `canvas`, which is `length` rows higher than what is drawn."""
     for rows, (share, away) in zip((canvas, canvas[::-1]), borders, strict=False):
@@ -263,9 +345,7 @@ def _soft_streaks(
     # The deviation of what is left of the noise (uniform over 0..255) follows from the kernels' weights.
     along = np.convolve(np.full(first, 1 / first), np.full(second, 1 / second))
     deviation = sqrt((256**2 - 1) / 12 * (along**2).sum() * (blur**2).sum())
-    normal = NormalDist()
-    threshold = normal.inv_cdf(1 - coverage)
-    excess = normal.pdf(threshold) / coverage - threshold  # mean of a normal value over the threshold, in deviations
+    threshold, excess = _over(coverage)
     gain = 1 / (excess * deviation)
     return np.maximum(blurred * gain - (127.5 + threshold * deviation) * gain, 0)
 
@@ -283,6 +363,8 @@ FIGURES = (
     "% corr. at 32 px",
     "% at the top",
     "% at the bottom",
+    "% power aslant",
+    "steps, dB",
 )
 QUARTILES = (0, 25, 50, 75, 100)
 
@@ -293,13 +375,13 @@ PUBLISHED_RAIN100L = np.array(
         [nan, nan, 19, nan, nan],
         [nan, nan, 58, nan, nan],
         [8, nan, 19, nan, 22],
-        *[[nan] * 5] * 4,
+        *[[nan] * 5] * 6,
     ]
 )
 
 
 def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
-    """The FIGURES of one pair, (8,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
+    """The FIGURES of one pair, (10,): R is what the rain added, `max(O - B, 0)` of the channels' means, 0..255."""
     rain = _rain_layer(clean, rainy)
     return np.array(
         [
@@ -309,6 +391,7 @@ def measure(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
             100 * (rainy.min(axis=2) == 255).mean(),
             100 * streak_correlation(clean, rainy),
             *(100 * share for share in border_shares(clean, rainy)),
+            *spectral_figures(clean, rainy),
         ]
     )
 
@@ -343,6 +426,36 @@ def border_shares(clean: np.ndarray, rainy: np.ndarray, rows: int = 16) -> tuple
         return nan, nan
     first, last = (rain[part][known[part]] for part in (np.s_[:rows], np.s_[-rows:]))
     return tuple(float(part.mean() / rain[known].mean()) if part.size > 100 else nan for part in (first, last))
+
+
+def spectral_figures(clean: np.ndarray, rainy: np.ndarray, side: int = 64) -> tuple[float, float]:
+    """What R's power spectrum shows and its figures above don't: streaks across the others, and lines that lean in steps.
+
+    The first is the share of the power, in %, that lies more than 18 degrees off the direction of most power. The second
+    is the density of the power, in dB over that of the whole spectrum, where the steps of lines show: at 0.2 to 0.38
+    cycles a pixel down and more than 0.12 across. Mean over windows of `side` pixels with at most 4 % of saturated ones;
+    nan where there are none.
+    """
+    rain, saturated = _rain_layer(clean, rainy), (rainy.max(axis=2) == 255).astype(np.float32)
+    taper, power = np.outer(np.hanning(side), np.hanning(side)), np.zeros((side, side))
+    for top in range(0, rain.shape[0] - side + 1, side // 4):
+        for left in range(0, rain.shape[1] - side + 1, side // 4):
+            window = np.s_[top : top + side, left : left + side]
+            if saturated[window].mean() <= 0.04:
+                power += np.abs(np.fft.fft2((rain[window] - rain[window].mean()) * taper)) ** 2
+    if not power.any():
+        return nan, nan
+    down, across = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
+    known = np.hypot(down, across) > 4 / side  # the window blurs the direction of lower ones
+    angle = np.degrees(np.arctan2(down, across))
+
+    def off(direction: float) -> np.ndarray:
+        return np.abs((angle - direction + 90) % 180 - 90)
+
+    main = max(range(-90, 90, 3), key=lambda direction: power[known & (off(direction) <= 3)].mean())
+    steps = (np.abs(down) > 0.2) & (np.abs(down) < 0.38) & (np.abs(across) > 0.12)
+    aslant = power[known & (off(main) > 18)].sum() / power[known].sum()
+    return float(100 * aslant), float(10 * np.log10(power[steps].mean() / power.mean()))
 
 
 def angle_histogram(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
@@ -388,7 +501,7 @@ def compare(paths: list[Path], name: str, count: int, seed: int) -> str:
     angles = "".join(f"{angle:>5}" for angle in range(-75, 91, 15))
     lines += ["", f"{'degrees (0 = |)':16}  {angles}"]
     # The angles of the pairs given are shown with rain100l too: the published figures hold no histogram.
-    for title, shares in (("% of pairs", real_angles), (f"% of {name}", rendered_angles)):
+    for title, shares in (("% of pairs", real_angles), ("% of rendered", rendered_angles)):
         lines.append(f"{title:16}  " + "".join(f"{100 * share:>5.0f}" for share in np.mean(shares, axis=0)))
     return "\n".join(lines)
 

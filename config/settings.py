@@ -65,7 +65,7 @@ class Settings:
         "",
         "style of rain, drawn afresh on every clean crop of the training; empty: the rain of the pairs as stored",
         choices=(  # rain.STYLES
-            *("rain100h", "rain100l", "rain800", "rain100h_adding", "rain100h_varied"),
+            *("rain100h", "rain100l", "rain800", "rain100h_adding", "rain100h_varied", "rain100h_stepped"),
             *("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"),
         ),
     )
@@ -97,7 +97,12 @@ class Settings:
     epochs: int = knob(
         0, "passes over the training images; steps and milestones are then counted in these; 0: in steps", minimum=0
     )
-    lr: float = knob(5e-4, "Adam's first learning rate (paper: 5e-4)", minimum=0)
+    optimizer: str = knob(
+        "adam",
+        "adam (paper), or soap: Adam in the eigenvectors of the gradients' covariance, which learns more in a step",
+        choices=("adam", "soap"),
+    )
+    lr: float = knob(5e-4, "first learning rate (paper: 5e-4)", minimum=0)
     schedule: str = knob(
         "steps",
         "of the learning rate: divided by 10 at each milestone (paper), or a cosine that ends at a hundredth",

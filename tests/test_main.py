@@ -21,6 +21,7 @@ import show
 from common import ROOT, UserError
 from conftest import make_pair, write_vgg
 from dataset import list_pairs
+from model import DSEN
 from presets import PRESETS
 from settings import resolve
 
@@ -53,24 +54,70 @@ def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def flat(values, name=""):
+    """An optimiser's state, lists in it too, as one level of names and tensors."""
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return {inner: value for key, part in items for inner, value in flat(part, f"{name}/{key}").items()}
+    return {name: torch.as_tensor(values)}
+
+
 def same_state(a, b):
     """Bit for bit: network, optimiser, random state, step."""
     network = all(torch.equal(a.network[name], b.network[name]) for name in b.network)
-    moments = all(
-        torch.equal(torch.as_tensor(a.optimizer["state"][i][key]), torch.as_tensor(value))
-        for i, state in b.optimizer["state"].items()
-        for key, value in state.items()
-    )
+    first, second = (flat(checkpoint.optimizer["state"]) for checkpoint in (a, b))
+    moments = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     return network and moments and a.step == b.step and torch.equal(a.random["cpu"], b.random["cpu"])
 
 
-def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path):
-    words = ["-a", "train", *SMALL, *LONG, *places, "--milestones", 3]
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path, optimizer):
+    words = ["-a", "train", *SMALL, *LONG, *places, "--milestones", 3, "--optimizer", optimizer]
     call(*words, "--run", "broken", "--steps", 2)
     call("-a", "train", *places, "--run", "broken", "--steps", 4)  # what the checkpoint knows need not be said again
     call(*words, "--run", "unbroken", "--steps", 4)
     assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
     assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "step_2", "unbroken"))
+
+
+def test_soap_is_adam_in_turned_coordinates(places, tmp_path):
+    """A start from the same weights: its first gradient is only looked at, and a later step goes elsewhere than Adam's.
+
+    What it turns a convolution's gradient by are three orthogonal matrices.
+    """
+    for optimizer in ("adam", "soap"):
+        words = ["--optimizer", optimizer, "--run", optimizer, "--save_steps", 1, "--steps", 3]
+        call("-a", "train", *SMALL, *places, *words)
+    first, last = (read(tmp_path, f"step_{step}", "soap") for step in (1, 3))
+    other = read(tmp_path, "step_3", "adam")
+    name = "re_layer.0.weight"
+    assert not torch.equal(read(tmp_path, "step_1", "adam").network[name], first.network[name])
+    assert not torch.allclose(last.network[name], first.network[name])
+    assert not torch.allclose(last.network[name], other.network[name])
+    for state in last.optimizer["state"].values():
+        for matrix in state["Q"]:
+            if len(matrix):
+                assert torch.allclose(matrix @ matrix.T, torch.eye(len(matrix)), atol=1e-4)
+    with pytest.raises(UserError, match="holds the state of soap, not of adam"):
+        main.train(None, "soap", {"optimizer": "adam", "model_dir": str(tmp_path / "model_dir"), "steps": 4})
+
+
+def test_soap_turns_channels_orientations_and_pixels():
+    """A filter (out, in, 4, 5, 5) by matrices of `out`, of `in` with the orientations, and of the pixels."""
+    network = DSEN(stage_num=2, link="concat")
+    soap = main.make_optimizer(network, 1e-3, "soap")
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    soap.step()
+    sides = {name: [len(m) for m in soap.state[parameter]["GG"]] for name, parameter in network.named_parameters()}
+    assert sides["pre_layer.conv0.weight"] == [30, 25]
+    assert sides["re_layer.0.weight"] == [10, 80, 25]
+    assert sides["connect_layers.3.conv0.weight"] == [10, 40, 25]
+    assert sides["dec.0.weight"] == [10, 40, 25]
+    assert sides["re_layer.0.bias"] == [0]
+    assert {name for name, parameter in network.named_parameters()} == sides.keys()
+
+
 
 
 def test_drawn_rain_resumes_too(places, tmp_path):

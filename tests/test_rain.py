@@ -134,6 +134,50 @@ def test_hard_streaks_add_up_where_they_are_said_to():
     assert min(value for value in one_row if value) >= 0.65 * 40 - 4  # one pixel's worth, over two of them
 
 
+@pytest.mark.parametrize("angle", [0, 7, -15, 40])
+def test_a_stepped_line_leans_in_halves_of_a_pixel(angle):
+    line = rain._stepped_line(41, angle)
+    assert np.array_equal(line.sum(1), np.ones(41))
+    assert set(np.unique(line)) <= {0, 0.5, 1}
+    places = (line * np.arange(line.shape[1])).sum(1)
+    even = line.shape[1] // 2 + np.tan(np.radians(angle)) * np.arange(20, -21, -1)  # a row lower, "/" is further left
+    assert np.abs(places - even).max() <= 0.25 + 1e-6
+    assert set(places % 1) <= {0, 0.5}
+
+
+def stepped(**fixed) -> RainStyle:
+    style = one_kind(**fixed)
+    return replace(style, streaks=(replace(style.streaks[0], steps=True, adds=True),))
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("turn", [0, 15, 40])
+def test_stepped_streaks_lean_cover_and_shine_as_the_others(hard, turn):
+    style = stepped(hard=hard, turn=turn, coverage=0.3, level=30)
+    layers = [rain.render(200, 200, style, np.random.default_rng(seed)) for seed in range(12)]
+    angles = [direction(layer) for layer in layers]
+    assert np.allclose(np.abs(angles), turn, atol=3)
+    if turn:
+        assert min(angles) < 0 < max(angles)
+    assert np.mean(layers) == pytest.approx(30 * (-np.log(1 - 0.3) if hard else 0.3), rel=0.08)
+
+
+def test_stepped_lines_step_each_in_its_own_rows():
+    """Lone lines are all alike, wherever they begin: 59 pixels (60, leaning) and one more at each softened end."""
+    style = stepped(hard=True, turn=-10, length=60, width=1, coverage=0.002, level=150)
+    layer = rain.render(600, 600, style, np.random.default_rng(2))
+    count, places, boxes, _ = cv2.connectedComponentsWithStats((layer > 0).astype(np.uint8))
+    lone = [i for i in range(1, count) if boxes[i, 3] == 61 and boxes[i, 2] < 15]
+    shapes = []
+    for i in lone:
+        left, top, wide, high, _ = boxes[i]
+        line = (layer * (places == i))[top : top + high, left : left + wide].astype(float)
+        shapes.append(np.round(8 * line / line.max()))
+    assert len(shapes) > 3
+    assert all(np.array_equal(shape, shapes[0]) for shape in shapes)
+    assert len({boxes[i, 1] % 6 for i in lone}) > 1  # rows from one step to the next: tan(10 degrees) = 1/5.7
+
+
 @pytest.mark.parametrize("coverage", [0.2, 0.5])
 def test_soft_streaks_cover_their_share_at_their_level_and_taper(coverage):
     style = one_kind(False, width=5, coverage=coverage, level=40)
@@ -212,6 +256,7 @@ FIGURES = {
     "rain100h": ((35, 65), (125, 190), (70, 95)),
     "rain100h_adding": ((35, 65), (125, 190), (65, 95)),
     "rain100h_varied": ((30, 65), (110, 190), (60, 95)),
+    "rain100h_stepped": ((33, 63), (115, 180), (65, 95)),
     "rain100l": ((3.8, 7.5), (40, 75), (14, 23)),
     "rain800": ((9, 17), (38, 66), (40, 64)),
     **dict.fromkeys(("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"), ((6, 11), (28, 75), (27, 52))),
@@ -248,7 +293,7 @@ def test_measure():
     rainy[:2] += 50
     rainy[9] = 255
     rainy[8] -= 40  # darker is no rain
-    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10, *[np.nan] * 3], nan_ok=True)
+    assert rain.measure(clean, rainy) == pytest.approx([25.5, 60.5, 155, 30, 10, *[np.nan] * 5], nan_ok=True)
 
 
 @pytest.mark.parametrize(("turn", "length", "expected"), [(0, 2000, 1.0), (20, 2000, 1.0), (0, 64, 0.5), (20, 16, 0.0)])
@@ -275,6 +320,23 @@ def test_border_shares_are_of_the_known_pixels():
     rainy[48:] = 255
     assert np.isnan(rain.border_shares(clean, rainy)[1])
     assert np.isnan(rain.border_shares(clean, clean)).all()
+
+
+def test_spectral_figures_tell_crossing_and_stepped_streaks():
+    clean = np.full((300, 300, 3), 20, np.uint8)
+
+    def figures(*styles):
+        layers = [rain.render(300, 300, style, np.random.default_rng(3)).astype(int) for style in styles]
+        return rain.spectral_figures(clean, (clean + sum(layers)[..., None]).astype(np.uint8))
+
+    line = {"hard": True, "coverage": 0.1, "width": 1.5, "length": 100}
+    alone, crossed = figures(stepped(turn=5, **line)), figures(stepped(turn=5, **line), one_kind(turn=35, **line))
+    assert alone[0] < 10
+    assert 40 < crossed[0] < 60  # as much power in the one direction as in the other
+    assert alone[1] > figures(one_kind(turn=5, **line))[1] + 3
+    assert np.isnan(rain.spectral_figures(clean, clean)).all()
+    assert np.isnan(rain.spectral_figures(clean, np.full_like(clean, 255))).all()
+    assert np.isnan(rain.spectral_figures(clean[:60], clean[:60] + np.uint8(1))).all()
 
 
 @pytest.fixture
