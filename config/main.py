@@ -90,13 +90,16 @@ def in_steps(settings: Settings, images: int) -> Settings:
     return replace(settings, epochs=0, steps=each * settings.epochs, milestones=milestones)
 
 
-# SOAP turns a convolution's gradient (out, in, 4, 5, 5) as three matrices do: of `out`, of `in` with the orientations, and
-# of the filter's pixels. Sides are merged as long as they stay below this.
+# SOAP turns a convolution's gradient (out, in, 4, 5, 5) by three matrices: of `out`, of `in` with the orientations, and
+# of the filter's pixels. Sides that follow one another are merged up to this size.
 LARGEST_SIDE = 99
 
 
 def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.optim.Optimizer:
-    """Adam (section 3.1), on a CUDA GPU in one kernel, or SOAP: Adam in the eigenvectors of the gradients' covariance."""
+    """`kind` adam (section 3.1), on a CUDA GPU in one kernel; or soap, Adam in the gradients' own coordinates.
+
+    Those are the eigenvectors of the gradients' covariance (Vyas et al., SOAP, 2024, algorithm 3).
+    """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if kind == "adam":
         on_gpu = next(network.parameters()).device.type == "cuda"
@@ -251,9 +254,7 @@ class Trainer:
         self.asked = settings  # what the checkpoints hold
         self.settings = self.dataset.settings = settings = in_steps(settings, len(self.dataset.paths))
         self.criterion = losses.build(settings, self.dataset.labelled).to(self.device)
-        self.optimizer = make_optimizer(
-            nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer
-        )
+        self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer)
         self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
         self.averaged = None
         if settings.average:
@@ -547,8 +548,8 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
         settings = knobs.replace(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
         if start.optimizer is not None and settings.optimizer != old.optimizer:
             raise UserError(
-                f"{source} holds the state of {old.optimizer}, not of {settings.optimizer}: export it and begin with its "
-                "weights"
+                f"{source} holds the state of {old.optimizer}, not of {settings.optimizer}: "
+                "export it and begin with its weights"
             )
         wanted = knobs.resolve(preset, overrides) if preset else settings
         changed = [n for n in knobs.FIELDS if getattr(settings, n) != getattr(old, n)]

@@ -38,7 +38,8 @@ class Streaks:
     sets: tuple[int, int]  # how many sets of this kind a picture holds, both ends included
     turn: Range  # degrees that a set leans from the picture's main direction, to either side; mostly near the lower end
     length: Range  # pixels, log-uniform
-    width: Range  # pixels, uniform: the full width of a hard streak; the blur of a soft one's noise at half its height
+    width: Range  # pixels, uniform: the full width of a hard streak; the blur of a soft one's noise at half its height.
+    # Stepped hard streaks are 1 to 2 pixels wide, whatever lies outside of that.
     coverage: Range  # share of the pixels, 0..1, uniform, that one set covers before shearing smooths its edges
     level: Range  # grey levels, log-uniform: of hard streaks the brightest, of soft ones the mean of what they cover
     peak: Range = (99.0, 99.0)  # of soft streaks, log-uniform: the brightest, in multiples of the level
@@ -269,7 +270,8 @@ def _stepped_streaks(
     """(height, width) float32: what the functions above draw, leaning by `angle` degrees in steps of half a pixel."""
     coverage, even = rng.uniform(*kind.coverage), rng.uniform() < 0.5
     if kind.hard:
-        edge = min(1.0, max(0.0, across - 1))
+        across = min(max(across, 1.0), 2.0)
+        edge = across - 1
         profile = np.array([[edge / 2, 1, edge / 2] if even else [0, 1, edge]], np.float32)
         line = _filter(np.pad(_stepped_line(length, angle), 1), SMOOTH @ profile)
     else:
@@ -429,11 +431,11 @@ def border_shares(clean: np.ndarray, rainy: np.ndarray, rows: int = 16) -> tuple
 
 
 def spectral_figures(clean: np.ndarray, rainy: np.ndarray, side: int = 64) -> tuple[float, float]:
-    """What R's power spectrum shows and its figures above don't: streaks across the others, and lines that lean in steps.
+    """What R's power spectrum shows: streaks across the others, and lines that lean in steps.
 
-    The first is the share of the power, in %, that lies more than 18 degrees off the direction of most power. The second
-    is the density of the power, in dB over that of the whole spectrum, where the steps of lines show: at 0.2 to 0.38
-    cycles a pixel down and more than 0.12 across. Mean over windows of `side` pixels with at most 4 % of saturated ones;
+    The first is the share of the power, in %, that lies more than 18 degrees off the direction of most power. The
+    second is the density of the power where the steps of lines show, in dB over that of the whole spectrum: at 0.2 to
+    0.38 cycles a pixel down and more than 0.12 across. Of windows of `side` pixels with at most 4 % of saturated ones;
     nan where there are none.
     """
     rain, saturated = _rain_layer(clean, rainy), (rainy.max(axis=2) == 255).astype(np.float32)

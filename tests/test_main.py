@@ -118,8 +118,6 @@ def test_soap_turns_channels_orientations_and_pixels():
     assert {name for name, parameter in network.named_parameters()} == sides.keys()
 
 
-
-
 def test_drawn_rain_resumes_too(places, tmp_path):
     words = ["-a", "train", *SMALL, *LONG, *places, "--rain", "rain100h", "--clean_dir", clean_images(tmp_path)]
     call(*words, "--run", "broken", "--steps", 2)
