@@ -130,7 +130,7 @@ def train_step(
     criterion: nn.Module | None = None,
     labels: Tensor | None = None,
 ) -> dict[str, float]:
-    """One step of Adam on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
+    """One step of the optimiser on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
 
     `criterion` is the loss, `losses.build`'s if None; it may take the pixels' `labels` (N, H, W). Returns `loss`, and
     where `scored`, the loss's other terms, `stage_t/psnr` and `stage_t/ssim`. A loss that is not finite leaves the
