@@ -267,7 +267,10 @@ def _stepped_streaks(
     borders: Borders,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """(height, width) float32: what the functions above draw, leaning by `angle` degrees in steps of half a pixel."""
+    """(height, width) float32: hard, adding or soft streaks as the other functions draw, but leaning in steps.
+
+    They lean by `angle` degrees and step by half a pixel.
+    """
     coverage, even = rng.uniform(*kind.coverage), rng.uniform() < 0.5
     if kind.hard:
         across = min(max(across, 1.0), 2.0)
