@@ -28,8 +28,19 @@ namespace {
 
 constexpr int TILE = 4, POINTS = 8;
 
-typedef float Sixteen __attribute__((vector_size(64)));
-typedef float Eight __attribute__((vector_size(32)));
+// No wider than the registers: GCC takes a wider vector apart in memory, which is ten times as slow.
+#if defined __AVX512F__
+typedef float Wide __attribute__((vector_size(64)));
+typedef float Narrow __attribute__((vector_size(32)));
+#elif defined __AVX__
+typedef float Wide __attribute__((vector_size(32)));
+typedef Wide Narrow;
+#else
+typedef float Wide __attribute__((vector_size(16)));
+typedef Wide Narrow;
+#endif
+
+constexpr int LANES = sizeof(Wide) / sizeof(float);
 
 // Eight pixels of a window to their values at the points: winograd._to_points.
 template <class Vector> inline void to_points(const Vector *x, Vector *out, Index step) {
@@ -181,18 +192,18 @@ void scatter(const Images *outputs, Index count, Index n, Index r, Index t, cons
     }
 }
 
-// Vectors of sixteen where all have as many channels, else of eight, which they must have.
+// Wide vectors where all have as many channels, else narrow ones, whose number they must have.
 bool wide(const Images *images, Index count) {
     for (Index k = 0; k < count; k++)
-        if (images[k].channels < 16) return false;
+        if (images[k].channels < LANES) return false;
     return true;
 }
 
 template <int SIDE> auto gather_of(const Images *inputs, Index count) {
-    return wide(inputs, count) ? gather<Sixteen, SIDE> : gather<Eight, SIDE>;
+    return wide(inputs, count) ? gather<Wide, SIDE> : gather<Narrow, SIDE>;
 }
 
-auto scatter_of(const Images *outputs, Index count) { return wide(outputs, count) ? scatter<Sixteen> : scatter<Eight>; }
+auto scatter_of(const Images *outputs, Index count) { return wide(outputs, count) ? scatter<Wide> : scatter<Narrow>; }
 
 Index channels_of(const Images *images, Index count) {
     Index sum = 0;
@@ -202,12 +213,10 @@ Index channels_of(const Images *images, Index count) {
 
 Index multiple(Index count, Index of) { return (count + of - 1) / of * of; }
 
-#ifdef __AVX512F__
-constexpr int ROWS = 8;  // of a product that is summed in registers, of which there are 32
-#else
-constexpr int ROWS = 2;
-#endif
-constexpr Index COLUMNS = sizeof(Eight) / sizeof(float);  // a multiple of it
+// Of a product, what is summed in registers, of which there are 32 with AVX-512 and 16 else: at most three a row.
+constexpr int ROWS = LANES == 16 ? 8 : 4;
+constexpr Index MOST = LANES == 16 ? 40 : LANES == 8 ? 24 : 8;  // columns
+constexpr Index COLUMNS = 8;  // a multiple of it
 constexpr Index BLOCK = 16;  // tiles that a thread works on at once, so that their values stay in its own cache
 
 // Where the factors of a matrix product lie: the sums over k of a[r * a_row + k * a_step] * b[k * b_row + column].
@@ -218,20 +227,22 @@ struct Factors {
     Index b_row, count;  // of k
 };
 
-// HIGH rows and 16 * WIDE (and 8) columns of the product, written to `c` or added to it.
-template <int WIDE, bool HALF, int HIGH> inline void piece(const Factors &f, float *c, Index c_row, bool add) {
-    Sixteen sums[HIGH][WIDE + 1];  // never empty
-    Eight half[HIGH];
+// HIGH rows and WIDTH columns of the product, written to `c` or added to it.
+template <Index WIDTH, int HIGH> inline void piece(const Factors &f, float *c, Index c_row, bool add) {
+    constexpr int WIDE = WIDTH / LANES;
+    constexpr bool HALF = WIDTH % LANES > 0;
+    Wide sums[HIGH][WIDE + 1];  // never empty
+    Narrow half[HIGH];
     for (int r = 0; r < HIGH; r++) {
-        for (int w = 0; w < WIDE; w++) sums[r][w] = add ? load<Sixteen>(c + r * c_row + 16 * w) : Sixteen{};
-        if (HALF) half[r] = add ? load<Eight>(c + r * c_row + 16 * WIDE) : Eight{};
+        for (int w = 0; w < WIDE; w++) sums[r][w] = add ? load<Wide>(c + r * c_row + LANES * w) : Wide{};
+        if (HALF) half[r] = add ? load<Narrow>(c + r * c_row + LANES * WIDE) : Narrow{};
     }
     const float *a = f.a, *b = f.b;
     for (Index k = 0; k < f.count; k++, a += f.a_step, b += f.b_row) {
-        Sixteen b_wide[WIDE + 1];
-        Eight b_half{};
-        for (int w = 0; w < WIDE; w++) b_wide[w] = load<Sixteen>(b + 16 * w);
-        if (HALF) b_half = load<Eight>(b + 16 * WIDE);
+        Wide b_wide[WIDE + 1];
+        Narrow b_half{};
+        for (int w = 0; w < WIDE; w++) b_wide[w] = load<Wide>(b + LANES * w);
+        if (HALF) b_half = load<Narrow>(b + LANES * WIDE);
         for (int r = 0; r < HIGH; r++) {
             const float factor = a[r * f.a_row];
             for (int w = 0; w < WIDE; w++) sums[r][w] += b_wide[w] * factor;
@@ -239,23 +250,23 @@ template <int WIDE, bool HALF, int HIGH> inline void piece(const Factors &f, flo
         }
     }
     for (int r = 0; r < HIGH; r++) {
-        for (int w = 0; w < WIDE; w++) store(sums[r][w], c + r * c_row + 16 * w);
-        if (HALF) store(half[r], c + r * c_row + 16 * WIDE);
+        for (int w = 0; w < WIDE; w++) store(sums[r][w], c + r * c_row + LANES * w);
+        if (HALF) store(half[r], c + r * c_row + LANES * WIDE);
     }
 }
 
-// All rows of 16 * WIDE (and 8) columns.
-template <int WIDE, bool HALF> void strip(Factors f, float *c, Index c_row, Index rows, bool add) {
-    for (; rows >= ROWS; rows -= ROWS, f.a += ROWS * f.a_row, c += ROWS * c_row) piece<WIDE, HALF, ROWS>(f, c, c_row, add);
-    for (; rows > 0; rows--, f.a += f.a_row, c += c_row) piece<WIDE, HALF, 1>(f, c, c_row, add);
+// All rows of WIDTH columns.
+template <Index WIDTH> void strip(Factors f, float *c, Index c_row, Index rows, bool add) {
+    for (; rows >= ROWS; rows -= ROWS, f.a += ROWS * f.a_row, c += ROWS * c_row) piece<WIDTH, ROWS>(f, c, c_row, add);
+    for (; rows > 0; rows--, f.a += f.a_row, c += c_row) piece<WIDTH, 1>(f, c, c_row, add);
 }
 
 // `rows` and `columns`, a multiple of COLUMNS, of the product.
 void product(Factors f, float *c, Index c_row, Index rows, Index columns, bool add) {
     for (Index left = columns; left > 0;) {
-        const Index width = left >= 40 ? 40 : left;
-        const auto one = width == 40 ? strip<2, true> : width == 32 ? strip<2, false> : width == 24 ? strip<1, true>
-                       : width == 16 ? strip<1, false> : strip<0, true>;
+        const Index width = left >= MOST ? MOST : left;
+        const auto one = width == MOST ? strip<MOST> : width == 32 ? strip<32> : width == 24 ? strip<24>
+                       : width == 16 ? strip<16> : strip<8>;
         one(f, c, c_row, rows, add);
         f.b += width;
         c += width;
@@ -272,8 +283,8 @@ struct Block {
     // place of it.
     static Index step(Index channels) { return 16 * (multiple(BLOCK * channels, 16) / 16 | 1); }
     static float *memory(Index count) {
-        thread_local std::vector<Sixteen> kept;
-        if (Index(kept.size()) < count / 16) kept.resize(count / 16);
+        thread_local std::vector<Wide> kept;
+        if (Index(kept.size()) < count / LANES) kept.resize(count / LANES);
         return reinterpret_cast<float *>(kept.data());
     }
     Block(float *data, Index channels) : data(data), point(step(channels)), tile(channels) {}
