@@ -68,7 +68,8 @@ def library() -> ctypes.CDLL | None:
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in cpuinfo if line.lower().startswith(("flags", "features"))), "")
-        made_of = (SOURCE.read_bytes(), *(x.encode() for x in (*compiler, *FLAGS, processor)), _run(*compiler, "--version"))
+        words = (*compiler, *FLAGS, processor)
+        made_of = (SOURCE.read_bytes(), *(word.encode() for word in words), _run(*compiler, "--version"))
         key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
         file = SOURCE.parent / "__pycache__" / f"winograd-{key}.so"
         if not file.exists():
