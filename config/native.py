@@ -20,7 +20,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("winograd.cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fPIC")
 FUNCTIONS = ("windows_to_values", "values_to_tiles", "multiply", "convolve", "matrices_gradient")
-CHANNELS = 8  # the fewest that they take: the shorter of their vectors, of which matrices have whole ones
+CHANNELS = 8  # the fewest that they take; they fill the shorter of their vectors, and matrices have a multiple of it
 WINDOW = -2  # row and column of a tile's pixel at which its window begins
 
 log = logging.getLogger(__name__)

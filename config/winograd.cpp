@@ -28,7 +28,7 @@ namespace {
 
 constexpr int TILE = 4, POINTS = 8;
 
-// No wider than the registers: GCC takes a wider vector apart in memory, which is ten times as slow.
+// No wider than the registers: GCC takes a wider vector apart in memory, which is ten times as slow (GCC 12).
 #if defined __AVX512F__
 typedef float Wide __attribute__((vector_size(64)));
 typedef float Narrow __attribute__((vector_size(32)));
@@ -192,7 +192,7 @@ void scatter(const Images *outputs, Index count, Index n, Index r, Index t, cons
     }
 }
 
-// Wide vectors where all have as many channels, else narrow ones, whose number they must have.
+// Wide vectors where all have as many channels as lanes, else narrow ones, which they must fill (native.CHANNELS).
 bool wide(const Images *images, Index count) {
     for (Index k = 0; k < count; k++)
         if (images[k].channels < LANES) return false;
