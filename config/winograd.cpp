@@ -110,14 +110,17 @@ template <class Vector, class Work> inline void for_channels(Index channels, con
     for (Index c = 0; c < channels; c += width) work(c + width <= channels ? c : channels - width);
 }
 
-template <class Vector> inline Vector load(const float *address) {
+// A vector at any address. (GCC 12 takes one that std::memcpy moves through the stack, by halves.)
+template <class Vector> struct __attribute__((packed, may_alias)) Anywhere {
     Vector vector;
-    std::memcpy(&vector, address, sizeof(Vector));
-    return vector;
+};
+
+template <class Vector> inline Vector load(const float *address) {
+    return reinterpret_cast<const Anywhere<Vector> *>(address)->vector;
 }
 
 template <class Vector> inline void store(const Vector &vector, float *address) {
-    std::memcpy(address, &vector, sizeof(Vector));
+    reinterpret_cast<Anywhere<Vector> *>(address)->vector = vector;
 }
 
 // One tile or window of SIDE x SIDE pixels to its 64 values, in the channels that one vector holds; `pixel` reads one.
@@ -211,11 +214,16 @@ Index channels_of(const Images *images, Index count) {
     return sum;
 }
 
-Index multiple(Index count, Index of) { return (count + of - 1) / of * of; }
+constexpr Index multiple(Index count, Index of) { return (count + of - 1) / of * of; }
 
-// Of a product, what is summed in registers, of which there are 32 with AVX-512 and 16 else: at most three a row.
-constexpr int ROWS = LANES == 16 ? 8 : 4;
-constexpr Index MOST = LANES == 16 ? 40 : LANES == 8 ? 24 : 8;  // columns
+// Of a product, what is summed in registers: at most MOST columns, and as many rows as there is room for beside a row of
+// the second factor and one number of the first.
+constexpr Index MOST = LANES >= 8 ? 40 : 8;
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
+constexpr int rows_of(Index width) {
+    const Index vectors = multiple(width, LANES) / LANES, rows = (REGISTERS - 1) / vectors - 1;
+    return rows < 8 ? rows : 8;
+}
 constexpr Index COLUMNS = 8;  // a multiple of it
 constexpr Index BLOCK = 16;  // tiles that a thread works on at once, so that their values stay in its own cache
 
@@ -227,47 +235,61 @@ struct Factors {
     Index b_row, count;  // of k
 };
 
-// HIGH rows and WIDTH columns of the product, written to `c` or added to it.
-template <Index WIDTH, int HIGH> inline void piece(const Factors &f, float *c, Index c_row, bool add) {
+// HIGH rows and WIDTH columns of the product, written to `c` or added to it. The loops over vectors are unrolled early,
+// or GCC 12 would keep the sums in memory.
+template <Index WIDTH, int HIGH, bool ADD> inline void piece(const Factors &f, float *c, Index c_row) {
     constexpr int WIDE = WIDTH / LANES;
     constexpr bool HALF = WIDTH % LANES > 0;
     Wide sums[HIGH][WIDE + 1];  // never empty
     Narrow half[HIGH];
+#pragma GCC unroll 8
     for (int r = 0; r < HIGH; r++) {
-        for (int w = 0; w < WIDE; w++) sums[r][w] = add ? load<Wide>(c + r * c_row + LANES * w) : Wide{};
-        if (HALF) half[r] = add ? load<Narrow>(c + r * c_row + LANES * WIDE) : Narrow{};
+#pragma GCC unroll 8
+        for (int w = 0; w < WIDE; w++) sums[r][w] = ADD ? load<Wide>(c + r * c_row + LANES * w) : Wide{};
+        if (HALF) half[r] = ADD ? load<Narrow>(c + r * c_row + LANES * WIDE) : Narrow{};
     }
     const float *a = f.a, *b = f.b;
     for (Index k = 0; k < f.count; k++, a += f.a_step, b += f.b_row) {
         Wide b_wide[WIDE + 1];
         Narrow b_half{};
-        for (int w = 0; w < WIDE; w++) b_wide[w] = load<Wide>(b + LANES * w);
+#pragma GCC unroll 8
+        for (int w = 0; w < WIDE; w++) {
+            b_wide[w] = load<Wide>(b + LANES * w);
+#if defined __AVX__ && !defined __AVX512F__
+            asm("" : "+x"(b_wide[w]));  // into a register: GCC 12 would read it from memory for each row
+#endif
+        }
         if (HALF) b_half = load<Narrow>(b + LANES * WIDE);
+#pragma GCC unroll 8
         for (int r = 0; r < HIGH; r++) {
             const float factor = a[r * f.a_row];
+#pragma GCC unroll 8
             for (int w = 0; w < WIDE; w++) sums[r][w] += b_wide[w] * factor;
             if (HALF) half[r] += b_half * factor;
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < HIGH; r++) {
+#pragma GCC unroll 8
         for (int w = 0; w < WIDE; w++) store(sums[r][w], c + r * c_row + LANES * w);
         if (HALF) store(half[r], c + r * c_row + LANES * WIDE);
     }
 }
 
 // All rows of WIDTH columns.
-template <Index WIDTH> void strip(Factors f, float *c, Index c_row, Index rows, bool add) {
-    for (; rows >= ROWS; rows -= ROWS, f.a += ROWS * f.a_row, c += ROWS * c_row) piece<WIDTH, ROWS>(f, c, c_row, add);
-    for (; rows > 0; rows--, f.a += f.a_row, c += c_row) piece<WIDTH, 1>(f, c, c_row, add);
+template <Index WIDTH, bool ADD> void strip(Factors f, float *c, Index c_row, Index rows) {
+    constexpr int ROWS = rows_of(WIDTH);
+    for (; rows >= ROWS; rows -= ROWS, f.a += ROWS * f.a_row, c += ROWS * c_row) piece<WIDTH, ROWS, ADD>(f, c, c_row);
+    for (; rows > 0; rows--, f.a += f.a_row, c += c_row) piece<WIDTH, 1, ADD>(f, c, c_row);
 }
 
 // `rows` and `columns`, a multiple of COLUMNS, of the product.
-void product(Factors f, float *c, Index c_row, Index rows, Index columns, bool add) {
+template <bool ADD> void product(Factors f, float *c, Index c_row, Index rows, Index columns) {
     for (Index left = columns; left > 0;) {
         const Index width = left >= MOST ? MOST : left;
-        const auto one = width == MOST ? strip<MOST> : width == 32 ? strip<32> : width == 24 ? strip<24>
-                       : width == 16 ? strip<16> : strip<8>;
-        one(f, c, c_row, rows, add);
+        const auto one = width == MOST ? strip<MOST, ADD> : width == 32 ? strip<32, ADD> : width == 24 ? strip<24, ADD>
+                       : width == 16 ? strip<16, ADD> : strip<8, ADD>;
+        one(f, c, c_row, rows);
         f.b += width;
         c += width;
         left -= width;
@@ -328,8 +350,9 @@ extern "C" void multiply(const Values *values, Index channels, const float *matr
     const Index rows = values->images * values->rows * values->columns;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (Index p = 0; p < POINTS * POINTS; p++)
-        product({values->data + p * values->point, values->tile, 1, matrices + p * channels * columns, columns, channels},
-                results->data + p * results->point, results->tile, rows, columns, add);
+        (add ? product<true> : product<false>)(
+            {values->data + p * values->point, values->tile, 1, matrices + p * channels * columns, columns, channels},
+            results->data + p * results->point, results->tile, rows, columns);
 }
 
 // Convolution of `number` images `inputs` with `matrices` (64, channels of the inputs, columns), `bias` (columns) added;
@@ -349,8 +372,9 @@ extern "C" void convolve(const Images *inputs, Index input_count, const Images *
                 gather(inputs, input_count, n, r, t, windows.data + i * windows.tile, windows.point);
             });
         for (Index p = 0; p < POINTS * POINTS; p++)
-            product({windows.data + p * windows.point, windows.tile, 1, matrices + p * channels * columns, columns, channels},
-                    results.data + p * results.point, columns, count, columns, false);
+            product<false>(
+                {windows.data + p * windows.point, windows.tile, 1, matrices + p * channels * columns, columns, channels},
+                results.data + p * results.point, columns, count, columns);
         float *constant = results.data + (POINTS + 1) * results.point;  // the value at (1, 1) goes into all outputs alike
         for (Index i = 0; i < count && bias; i++)
             for (Index c = 0; c < columns; c++) constant[i * columns + c] += bias[c];
@@ -378,7 +402,8 @@ extern "C" void matrices_gradient(const Images *inputs, Index input_count, const
                 gather_tiles(gradient, 1, n, r, t, tiles.data + i * tiles.tile, tiles.point);
             });
         for (Index p = 0; p < POINTS * POINTS; p++)
-            product({windows.data + p * windows.point, 1, windows.tile, tiles.data + p * tiles.point, tiles.tile, count},
-                    totals + (thread * POINTS * POINTS + p) * rows * columns, columns, rows, columns, true);
+            product<true>(
+                {windows.data + p * windows.point, 1, windows.tile, tiles.data + p * tiles.point, tiles.tile, count},
+                totals + (thread * POINTS * POINTS + p) * rows * columns, columns, rows, columns);
     });
 }
