@@ -4,7 +4,6 @@
 // native.py compiles this where there is a compiler. The formulas are those of winograd.py, which does without.
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 using Index = std::int64_t;
