@@ -1,6 +1,7 @@
 """Whole images through a network: the restored image of every stage, and its scores."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def open_network(
     """
     asked = knobs.resolve(preset or "sdsen", overrides)
     path, checkpoint = ranks.from_first(lambda: _find_and_load(name or asked.run, Path(asked.model_dir)))
-    places = {place: getattr(asked, place) for place in ("model_dir", "log_dir", "show_dir", "device", "precision")}
+    own = ("model_dir", "log_dir", "show_dir", "device", "precision", "mirror")  # the command's, not the training's
+    places = {place: getattr(asked, place) for place in own}
     settings = asked
     if checkpoint.settings:
         trained = {"stage_num": checkpoint.stages, "grow": ()} if checkpoint.stages else {}
@@ -56,15 +58,27 @@ def _find_and_load(name: str, model_dir: Path) -> tuple[Path, checkpoints.Checkp
     return path, checkpoints.load(path)
 
 
+def how_to_restore(settings: Settings) -> tuple[float, str, bool]:
+    """What `restore` takes of the settings."""
+    return settings.memory_gib, settings.precision, settings.mirror
+
+
 def restore(
-    network: nn.Module, O: Tensor, stage_num: int | None = None, memory_gib: float = 0.0, precision: str = "auto"
+    network: nn.Module,
+    O: Tensor,
+    stage_num: int | None = None,
+    memory_gib: float = 0.0,
+    precision: str = "auto",
+    mirror: bool = False,
 ) -> Iterator[Tensor]:
     """The background B_t = O - R_t of every stage, each (3, H, W) in [0, 1], of one rainy image (3, H, W) in [0, 1].
 
-    `memory_gib` and `precision` are the settings'. In a terminal, a bar shows the progress of an image that takes long.
+    `memory_gib`, `precision` and `mirror` are the settings'. In a terminal, a bar shows the progress of an image that
+    takes long.
     """
     bar = tqdm(total=1.0, delay=3, leave=False, disable=not in_terminal(), bar_format=BAR, dynamic_ncols=True)
-    rain_layers = network.each_stage(O, stage_num, memory_gib, bar.update)
+    each_stage = partial(_mirrored_too, network) if mirror else network.each_stage
+    rain_layers = each_stage(O, stage_num, memory_gib, bar.update)
     with bar:
         while True:
             with autocast(precision, O.device):  # around the network alone, not around the caller's work
@@ -74,10 +88,26 @@ def restore(
             yield torch.sub(O, R, out=R).clamp_(0, 1)
 
 
+def _mirrored_too(
+    network: nn.Module, O: Tensor, stage_num: int | None, memory_gib: float, tick: Callable[[float], object]
+) -> Iterator[Tensor]:
+    """As `Network.each_stage`: the means of the rain layers of `O` and, turned back, of its mirror image.
+
+    The mirror image goes first, as a whole, and its rain layers are kept: 12 bytes a pixel and stage.
+    """
+
+    def each_stage(O: Tensor) -> Iterator[Tensor]:
+        return network.each_stage(O, stage_num, memory_gib, lambda share: tick(share / 2))
+
+    mirrored = list(each_stage(O.flip(-1)))
+    for R, other in zip(each_stage(O), mirrored, strict=True):
+        yield R.add_(other.flip(-1)).div_(2)
+
+
 def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, *how) -> list[Tensor]:
     """The same for an 8-bit image: (3, H, W) uint8 on the CPU to one (3, H, W) uint8 a stage, as it would be saved.
 
-    `how` are `memory_gib` and `precision`, as `restore` takes them.
+    `how` are `memory_gib`, `precision` and `mirror`, as `restore` takes them.
     """
     return [to_8bit(image).cpu() for image in restore(network, O.to(device).float() / 255, None, *how)]
 

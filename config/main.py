@@ -51,7 +51,7 @@ from common import Interrupt, UserError, in_terminal, log, run_script, set_up_lo
 from curves import NoCurves, open_curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
 from devices import autocast, describe, is_bf16, is_out_of_memory, pick_device
-from evaluate import NEARLY_INPUT, open_network, score_pairs
+from evaluate import NEARLY_INPUT, how_to_restore, open_network, score_pairs
 from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
@@ -220,7 +220,7 @@ def validate(
             terms = criterion([O - image for image in restored], O, B)
         return [terms[f"stage_{t}/loss"].item() for t in range(1, len(restored) + 1)]
 
-    table, found = score_pairs(network, paths, device, each, settings.memory_gib, settings.precision)
+    table, found = score_pairs(network, paths, device, each, *how_to_restore(settings))
     table = table.mean(0)  # (1 + stages, METRICS)
     result = {}
     for t, (row, loss) in enumerate(zip(table[1:], np.mean(found, 0), strict=True), 1):
@@ -606,7 +606,7 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
         return [path.name, O.shape[1], O.shape[2], f"{change:.4f}", *values], change
 
     with bar:
-        table, found = score_pairs(network, paths, device, each, settings.memory_gib, settings.precision)
+        table, found = score_pairs(network, paths, device, each, *how_to_restore(settings))
     if not ranks.is_first():
         return
     means, rows, changes = np.nanmean(table, 0), *zip(*found, strict=True)

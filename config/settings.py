@@ -167,6 +167,9 @@ class Settings:
         choices=("float32", "bf16"),
     )
     memory_gib: float = knob(0.0, "memory that deraining an image may take, GiB; 0: what is free (CPU)", minimum=0)
+    mirror: bool = knob(
+        False, "derain the mirrored image as well and take the mean: twice the time for a little more PSNR and SSIM"
+    )
     log_level: str = knob("info", "least level that is printed", choices=("debug", "info", "warning", "error"))
 
     @property

@@ -28,7 +28,7 @@ from cal_ssim import scores
 from common import ROOT, UserError, in_terminal, log, run_script, set_up_log
 from dataset import data_path, list_pairs, to_tensor
 from devices import is_out_of_memory, pick_device
-from evaluate import NEARLY_INPUT, open_network, restore
+from evaluate import NEARLY_INPUT, how_to_restore, open_network, restore
 from gallery import Gallery, Restored
 from image_io import SUFFIXES, list_images, read_image, read_pair, write_image
 from settings import Settings
@@ -198,7 +198,7 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     found, terminal = [], in_terminal()  # for each image what is known of it, or None where it was skipped
     for number, (path, stem) in each_image(mine, terminal):
         try:
-            item = derain(network, path, paired, device, stage_num, settings.memory_gib, settings.precision)
+            item = derain(network, path, paired, device, stage_num, *how_to_restore(settings))
         except UserError as error:
             log.warning(f"skipped: {error}")
             found.append(None)

@@ -24,7 +24,7 @@ from cal_ssim import METRICS, scores
 from common import ROOT, UserError, log
 from dataset import data_path, list_pairs, to_tensor
 from devices import describe, pick_device
-from evaluate import open_network, restore, restore_8bit, score_pairs
+from evaluate import how_to_restore, open_network, restore, restore_8bit, score_pairs
 from image_io import read_pair, write_bytes
 from rain import STYLES, RainStyle, render
 from settings import Settings
@@ -96,7 +96,7 @@ def tilt(names: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
         pairs = tilted_pairs(ranks.share(list(enumerate(paths))), STYLES[style], angle, settings.seed)
         curves["rainy input"].append(_mean_psnr([(O, B) for O, B in pairs]))
         for run, network, own, _, _ in opened:
-            derained = [(restore_8bit(network, O, device, own.memory_gib, own.precision)[-1], B) for O, B in pairs]
+            derained = [(restore_8bit(network, O, device, *how_to_restore(own))[-1], B) for O, B in pairs]
             curves[run].append(_mean_psnr(derained))
         log.info(f"{angle:+4d} degrees: " + ", ".join(f"{run} {psnr[-1]:.2f} dB" for run, psnr in curves.items()))
     runs = {
@@ -162,7 +162,7 @@ def stages(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     device = pick_device(settings.device)
     seconds = _seconds_by_stage(network, settings, device)
     paths = list_pairs(data_path(settings) / "test")
-    table, _ = score_pairs(network, paths, device, lambda *_: None, settings.memory_gib, settings.precision)
+    table, _ = score_pairs(network, paths, device, lambda *_: None, *how_to_restore(settings))
     means = np.nanmean(table, 0)  # (1 + stages, METRICS)
     rows = [
         {"stage": t, "seconds": seconds[t - 1] if t else 0.0, **dict(zip(METRICS, row.round(4).tolist(), strict=True))}
@@ -190,7 +190,7 @@ def _seconds_by_stage(network: nn.Module, settings: Settings, device: torch.devi
     for repeat in range(1 + REPEATS):  # the first is the warm-up
         for stage_num in range(1, network.output_num + 1):
             started = time.perf_counter()
-            for B in restore(network, O, stage_num, settings.memory_gib, settings.precision):
+            for B in restore(network, O, stage_num, *how_to_restore(settings)):
                 B.sum().item()  # waits for the device
             if repeat:
                 seconds[stage_num - 1].append(time.perf_counter() - started)

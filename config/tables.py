@@ -64,7 +64,7 @@ RECIPE = (
     "patch_size batch_size aug_data rain seed epochs lr schedule milestones warmup clip_norm loss loss_stages grow "
     "average"
 ).split()
-PLACES = ("data_dir", "model_dir", "log_dir", "device", "precision", "memory_gib")  # that a test is told
+PLACES = ("data_dir", "model_dir", "log_dir", "device", "precision", "memory_gib", "mirror")  # that a test is told
 # PSNR and SSIM in the S-DSEN paper: on Rain100H, then on Zhang800.
 PAPER = {
     "cnn": (23.36, 0.7557, 22.88, 0.8127),

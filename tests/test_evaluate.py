@@ -59,6 +59,36 @@ def test_restore_subtracts_the_rain_layer(saved, device):
     assert len(list(evaluate.restore(network, O, 1))) == 1
 
 
+def test_mirror_takes_the_mean_with_the_mirrored_image(saved, device):
+    network = saved[0].eval().to(device)
+    O = torch.rand(3, 13, 8, device=device)
+    plain = list(network.each_stage(O))
+    mirrored = [R.flip(-1) for R in network.each_stage(O.flip(-1))]
+    restored = list(evaluate.restore(network, O, mirror=True))
+    assert len(restored) == 2
+    for image, R, other in zip(restored, plain, mirrored, strict=True):
+        assert (R - other).abs().max() > 1e-3  # p4 knows quarter turns, but not mirroring
+        assert (image - (O - (R + other) / 2).clamp(0, 1)).abs().max() < 1e-6
+    for image, other in zip(evaluate.restore(network, O.flip(-1), mirror=True), restored, strict=True):
+        assert (image.flip(-1) - other).abs().max() < 1e-6
+    assert len(list(evaluate.restore(network, O, 1, mirror=True))) == 1
+
+
+def test_mirroring_shows_its_progress_once(saved, monkeypatch):
+    shares = []
+    monkeypatch.setattr(evaluate.tqdm, "update", lambda bar, share: shares.append(share))
+    list(evaluate.restore(saved[0].eval(), torch.rand(3, 40, 8), mirror=True))
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_mirroring_is_the_commands_choice_not_the_checkpoints(saved, tmp_path):
+    _, overrides = saved
+    _, settings, *_ = evaluate.open_network(None, "tiny", {**overrides, "mirror": True})
+    assert evaluate.how_to_restore(settings) == (0.0, "auto", True)
+    checkpoints.save(tmp_path / "models/mirroring.pth", Checkpoint(saved[0].state_dict(), 5, settings))
+    assert not evaluate.open_network(None, "mirroring", overrides)[1].mirror
+
+
 def test_score_pairs_is_the_scores_of_8bit_images(saved, data_dir):
     network = saved[0].train()
     paths = list_pairs(data_dir / "val")

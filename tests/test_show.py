@@ -204,6 +204,18 @@ def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path
     assert [image["name"] for image in page_facts(tmp_path / "out")["images"]] == ["good.png"]
 
 
+def test_mirror_changes_what_is_written(run, tmp_path, picture):
+    write_image(tmp_path / "in/a.png", picture(24, 20, 3))
+    for folder, words in (("out", []), ("mirrored", ["--mirror", "true"])):
+        assert run("plain", "-i", tmp_path / "in", *words, show_dir=folder) == 0
+    plain, mirrored = (read_image(tmp_path / folder / "plain/a.png") for folder in ("out", "mirrored"))
+    assert (plain != mirrored).any()
+    network = evaluate.open_network(None, "plain", {"model_dir": str(tmp_path / "models")})[0]
+    O = show.to_network(read_image(tmp_path / "in/a.png"))
+    expected = show.from_network(list(evaluate.restore(network, O, mirror=True))[-1], mirrored)
+    np.testing.assert_array_equal(mirrored, expected)
+
+
 def test_an_image_too_large_for_the_memory_is_skipped(run, tmp_path, picture, capsys, monkeypatch):
     def restore(network, O, *how):
         if O.shape[1] > 9:
