@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # For a CPU: an eightieth of the crops, in batches of eight or of four.
     "short": {"epochs": 0, "steps": 2000, "batch_size": 8, "lr": 1e-3, "milestones": (1500, 1750), "clip_norm": 0.1},
     "small": {"epochs": 0, "steps": 4000, "batch_size": 4, "lr": 1e-3, "milestones": (3000, 3700), "clip_norm": 0.1},
-    # Beyond the paper: what helped (results/tried.json), in the paper's number of steps.
+    # Beyond the paper: what helped (results/tried.json and large.json), in the paper's number of steps.
     "best": {
         "epochs": 0,
         "steps": 20000,
@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 500,
         "clip_norm": 1.0,
         "loss": "ssim_l1",
+        "loss_stages": "last",
         "aug_data": "flip",
         "average": 0.999,
         "grow": (10000, 15000),
