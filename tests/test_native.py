@@ -158,12 +158,18 @@ def test_the_compiled_code_is_faster_than_torch(in_torch):
     x = torch.randn(2, 64, 64, 40, generator=generator)
     matrices = torch.randn(64, 40, 40, generator=generator)
 
-    def seconds():
-        begin = time.perf_counter()
+    def seconds():  # of the CPU: other programs may keep the cores busy
+        begin = time.process_time()
         winograd._convolve([x], matrices, None, 40)
-        return torch.tensor(time.perf_counter() - begin)
+        return torch.tensor(time.process_time() - begin)
 
-    assert min(seconds() for _ in range(7)) < min(in_torch(seconds) for _ in range(7))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other take CPU time as well
+    try:
+        compiled_and_not = [(seconds(), in_torch(seconds)) for _ in range(7)]
+    finally:
+        torch.set_num_threads(before)
+    assert min(c for c, _ in compiled_and_not) < min(t for _, t in compiled_and_not)
 
 
 @compiled
