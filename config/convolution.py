@@ -1,4 +1,13 @@
-"""5x5 convolutions of networks whose stages share their weights: filters made once, and the fastest way taken."""
+"""5x5 convolutions of networks whose stages share their weights: filters made once, and the fastest way taken.
+
+`conv2d` chooses the way, in one place. Within `shared_filters`, that is in a network's forward pass:
+
+- float32 on the CPU goes Winograd's way (winograd.py), where there are channels enough;
+- under autocast, convolutions read 16-bit copies of the filters, which are made once as well and are padded to the
+  number of results that the device is fast with (`HalfConvolution`, `padded_results`).
+
+Everything else is PyTorch's own convolution.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -9,29 +18,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devices import autocast_dtype, without_autocast
 from winograd import HALO, KERNEL, Convolution, transform_filters
 
 
 class Filters:
-    """Filters (O, I, k, k) and bias (O) of an ordinary convolution, with what is made of them, made once."""
+    """Filters (O, I, 5, 5) and bias (O) of an ordinary convolution, with what is made of them, made once.
 
-    def __init__(self, filters: Tensor, bias: Tensor | None):
+    It lives no longer than the forward pass that made it, and the gradients of that pass.
+    """
+
+    def __init__(
+        self, filters: Tensor, bias: Tensor | None, half: Tensor | None = None, whole: "Filters | None" = None
+    ):
+        """`whole` has these filters as those of its first input channels, and what was made of it need only be cut."""
         self.filters, self.bias = filters, bias
+        self._half, self._whole = half, whole
 
     @cached_property
     def matrices(self) -> Tensor:
         """(64, I, O): see `winograd.transform_filters`."""
+        if self._whole is not None:
+            return self._whole.matrices[:, : self.filters.shape[1]]
         return transform_filters(self.filters)
-
-    def prepare(self) -> None:
-        """Makes what `conv2d` is going to make of these filters."""
-        if winograd_fits((), self.filters):
-            self.matrices  # noqa: B018
 
     @cached_property
     def turned(self) -> Tensor:
         """The matrices that take the output's gradient to the input's: half a turn, inputs and outputs swapped."""
+        if self._whole is not None:
+            return self._whole.turned[..., : self.filters.shape[1]]
         return transform_filters(self.filters.detach().flip(-2, -1).transpose(0, 1))
+
+    def half(self, dtype: torch.dtype) -> Tensor:
+        """The 16-bit copy (O', I, 5, 5) without gradients, channels-last; see `padded_results` for O'."""
+        if self._half is None or self._half.dtype != dtype:
+            if self._whole is not None:
+                half = self._whole.half(dtype)[:, : self.filters.shape[1]]
+            else:
+                half = self.filters.detach().to(dtype)
+                more = padded_results(len(half), dtype, half.device) - len(half)
+                half = F.pad(half, (0, 0, 0, 0, 0, 0, 0, more))
+            self._half = half.contiguous(memory_format=torch.channels_last)
+        return self._half
+
+    def prepare(self) -> None:
+        """Makes the matrices, with their gradients, where `conv2d` is going to need them."""
+        if winograd_fits((), self.filters):
+            self.matrices  # noqa: B018
+
+    def of_first(self, inputs: int) -> "Filters":
+        """The filters of the first `inputs` input channels alone."""
+        return Filters(self.filters[:, :inputs], self.bias, whole=self)
 
 
 class _Shared(threading.local):
@@ -45,10 +82,8 @@ _shared = _Shared()
 def shared_filters(layers: dict | None = None) -> Iterator[Callable]:
     """Within this, each layer makes its filters once, gradients included: for the stages of one forward pass.
 
-    And within this 5x5 convolutions in float32 on the CPU go Winograd's way: the network's output keeps to 1e-5, but
-    that of a single layer, which may be asked to equal GrouPy's, would not quite.
-
-    Gives a function that makes a context with the same filters, for work that is repeated later.
+    Gives a function that makes a context with the same filters, for work that is repeated later. The weights must not
+    change before the work is done; nothing is kept behind it.
     """
     layers = {} if layers is None else layers
     outer, _shared.layers = _shared.layers, layers
@@ -58,61 +93,120 @@ def shared_filters(layers: dict | None = None) -> Iterator[Callable]:
         _shared.layers = outer
 
 
-class FilterKeeper:
-    """For a convolution layer: the filters that it makes of its parameters, made anew only where they may differ.
+@contextmanager
+def compiled_filters(layers: Sequence["FilterLayer"]) -> Iterator[None]:
+    """Within this, compiled code finds the shared filters of `layers`, which it can't look up by their layer."""
+    for layer in layers:
+        made = layer.filters()
+        dtype = autocast_dtype(made.filters)
+        layer.prepared = (made.filters, made.bias, dtype and made.half(dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.prepared = None
 
-    They are kept within `shared_filters`, and in eval mode without gradients until the parameters change.
-    """
 
-    _kept: tuple | None = None  # (what the filters were made from, the filters)
-    prepared: tuple | None = None  # filters and bias for compiled code, which can't look among the shared ones
+class FilterLayer:
+    """For a convolution layer: the filters that it makes of its parameters, anew in each forward pass."""
+
+    prepared: tuple | None = None  # see `compiled_filters`
 
     def make_filters(self) -> tuple[Tensor, Tensor | None]:
         """The ordinary convolution's filters (O, I, k, k) and bias (O)."""
         return self.weight, self.bias
 
     def filters(self) -> Filters:
+        """Those of this forward pass, within `shared_filters`, or new ones."""
         if self.prepared is not None and torch.compiler.is_compiling():
             return Filters(*self.prepared)
         shared = _shared.layers
-        if shared is not None and self in shared:
-            return shared[self]
-        parameters = list(self.parameters(recurse=False))
-        source = None
-        for_good = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if for_good and not any(p.is_inference() for p in parameters):
-            # A parameter is told by its storage and its count of in-place writes; `_apply` (.to(), .half()) forgets
-            # what was kept, because new storage may lie at an old address. Inference tensors keep no count.
-            source = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        if source is not None and self._kept is not None and self._kept[0] == source:
-            return self._kept[1]
-        made = Filters(*self.make_filters())
-        if source is not None:
-            self._kept = (source, made)
-        if shared is not None:
-            shared[self] = made
-        return made
-
-    def _apply(self, *arguments, **keywords):
-        self._kept = None
-        return super()._apply(*arguments, **keywords)
-
-    def __getstate__(self) -> dict:  # copies and pickles make their own filters
-        return {**super().__getstate__(), "_kept": None, "prepared": None}
+        if shared is None:
+            return Filters(*self.make_filters())
+        if self not in shared:
+            shared[self] = Filters(*self.make_filters())
+        return shared[self]
 
 
-class Conv5x5(FilterKeeper, nn.Conv2d):
+class Conv5x5(FilterLayer, nn.Conv2d):
     """An ordinary convolution (N, I, H, W) -> (N, O, H, W), of one feature map or of several side by side."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, KERNEL, padding=HALO)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return conv2d(inputs, self.filters())
+    def forward(self, *inputs: Tensor, constant: Tensor | None = None) -> Tensor:
+        """`constant` (C) are the values of the last C input channels, where these are the same in the whole image."""
+        return conv2d(inputs, self.filters(), constant)
+
+
+def padded_results(results: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Results with which a convolution of so many is computed: on a CUDA GPU in 16 bits 64 in the place of 33 to 63.
+
+    cuDNN's kernels for Hopper work on tiles of 64 results. Forward and backward on an H200, 64 crops of 64x64: 80 to 40
+    channels 0.970 ms, 80 to 64 channels 0.723 ms; 40 to 40 channels 0.633 ms, 64 to 64 channels 0.503 ms
+    (`bench/bench.py --only convolutions`).
+    """
+    wide = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and 32 < results < 64
+    return 64 if wide else results
+
+
+class HalfConvolution(torch.autograd.Function):
+    """Convolution of 16-bit images with 16-bit copies of float32 filters, for whose gradients these stand.
+
+    The gradients of several calls add up in float32. Images and gradients keep to channels-last memory.
+    """
+
+    @staticmethod
+    def forward(half: Tensor, filters: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+        """`half` (O', I, 5, 5) is `Filters.half` of `filters` (O, I, 5, 5); inputs (N, I_k, H, W), I of them in all."""
+        x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+        more = len(half) - len(filters)
+        bias = bias if bias is None else F.pad(bias, (0, more)).to(half.dtype)
+        return F.conv2d(x, half, bias, padding=HALO)[:, : len(filters)]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        half, filters, bias, *images = inputs
+        ctx.save_for_backward(half, filters, *images)
+        ctx.biased = bias is not None
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        half, filters, *inputs = ctx.saved_tensors
+        x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+        needs = [any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[1], False]
+        if torch.is_grad_enabled():  # second-order gradients are asked for, also those with respect to the filters
+            half, wide = filters.to(half.dtype), gradient
+        else:
+            wide = _widened(gradient, len(half))
+        d_x, d_filters, _ = torch.ops.aten.convolution_backward(
+            wide, x, half, None, [1, 1], [HALO, HALO], [1, 1], False, [0, 0], 1, needs
+        )
+        d_filters = None if d_filters is None else d_filters[: len(filters)].to(filters.dtype)
+        d_bias = gradient.sum((0, 2, 3), dtype=filters.dtype) if ctx.needs_input_grad[2] else None
+        d_inputs = [None] * len(inputs) if d_x is None else d_x.split([y.shape[1] for y in inputs], 1)
+        return None, d_filters, d_bias, *d_inputs
+
+
+def _widened(x: Tensor, channels: int) -> Tensor:
+    """(N, C, H, W) in channels-last memory, with zeros in further channels up to `channels`."""
+    if x.shape[1] == channels:
+        return x.contiguous(memory_format=torch.channels_last)
+    number, known, *size = x.shape
+    wide = torch.empty(
+        (number, channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    wide[:, :known] = x
+    wide[:, known:] = 0
+    return wide
 
 
 def winograd_fits(inputs: Sequence[Tensor], filters: Tensor) -> bool:
-    """Whether Winograd's way is allowed here, and the faster one: measured on the CPU, with enough channels."""
+    """Whether Winograd's way is allowed here, and the faster one: measured on the CPU, with enough channels.
+
+    In a network's output it keeps to 1e-5, but that of a single layer, which may be asked to equal GrouPy's, would not
+    quite: so it is for a network's forward pass alone.
+    """
     return (
         not torch.compiler.is_compiling()
         and _shared.layers is not None
@@ -123,12 +217,41 @@ def winograd_fits(inputs: Sequence[Tensor], filters: Tensor) -> bool:
     )
 
 
-def conv2d(inputs: Sequence[Tensor], filters: Filters) -> Tensor:
+def conv2d(inputs: Sequence[Tensor], filters: Filters, constant: Tensor | None = None) -> Tensor:
     """5x5 convolution of images (N, I_k, H, W), taken side by side in the channels, with zeros around them.
 
-    I of the filters is the sum of all I_k; result (N, O, H, W).
+    `constant` (C) are the values of further channels behind them, each the same in the whole image. I of the filters is
+    the sum of all I_k, and C; result (N, O, H, W).
     """
+    if constant is not None:
+        known = filters.filters.shape[1] - len(constant)
+        spread = spread_constant(filters.filters[:, known:], constant, *inputs[0].shape[-2:])
+        y = conv2d(inputs, filters.of_first(known))
+        return y + spread.to(y.dtype)
+    dtype = autocast_dtype(inputs[0])
     if winograd_fits(inputs, filters.filters):
-        return Convolution.apply(filters, filters.matrices, filters.bias, *inputs)
+        return Convolution.apply(filters, filters.matrices, filters.filters, filters.bias, *inputs)
+    if dtype is not None and (_shared.layers is not None or torch.compiler.is_compiling()):
+        return HalfConvolution.apply(
+            filters.half(dtype), filters.filters, filters.bias, *(x.to(dtype) for x in inputs)
+        )
     x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
     return F.conv2d(x, filters.filters, filters.bias, padding=HALO)
+
+
+def spread_constant(filters: Tensor, constant: Tensor, height: int, width: int) -> Tensor:
+    """What filters (O, C, 5, 5) make of an image whose channels are constants (C), zeros around it: (1, O, H, W).
+
+    All pixels but the two outermost ones on each side get the same, so an image of 5x5 pixels tells the whole.
+    """
+    with without_autocast(filters):
+        summed = (filters * constant[:, None, None]).sum(1, keepdim=True)  # (O, 1, 5, 5)
+        ones = filters.new_ones(1, 1, min(height, KERNEL), min(width, KERNEL))
+        spread = F.conv2d(ones, summed, padding=HALO)
+    for dim, length in ((2, height), (3, width)):
+        if length > KERNEL:
+            first, middle, last = spread.split([HALO, 1, HALO], dim)
+            shape = list(spread.shape)
+            shape[dim] = length - 2 * HALO
+            spread = torch.cat([first, middle.expand(shape), last], dim)
+    return spread.contiguous(memory_format=torch.channels_last)

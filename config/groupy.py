@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import FilterKeeper, conv2d
+from convolution import FilterLayer, conv2d
 from winograd import HALO, KERNEL
 
 
@@ -28,7 +28,7 @@ def _mirror(weight: Tensor) -> Tensor:
     return weight.flip(-2).roll(4, 2) if weight.shape[2] == 8 else weight.flip(-2)
 
 
-class GroupConv2d(FilterKeeper, nn.Module):
+class GroupConv2d(FilterLayer, nn.Module):
     """Convolution from the plane or a group to a group; the four layers below fix the orientations of both sides.
 
     Arguments as `nn.Conv2d`; `in_channels` and `out_channels` count regular channels, each of which has S orientations.
@@ -75,16 +75,26 @@ class GroupConv2d(FilterKeeper, nn.Module):
         filters = torch.stack(bank, 1).flatten(0, 1).flatten(1, 2)
         return filters, None if self.bias is None else self.bias.repeat_interleave(self.out_orientations)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Of one feature map, or of several whose channels are taken side by side, as if concatenated."""
+    def forward(self, *inputs: Tensor, constant: Tensor | None = None) -> Tensor:
+        """Of one feature map, or of several whose channels are taken side by side, as if concatenated.
+
+        `constant` (C) are the values of the last C of `in_channels`, where these are the same in the whole image and in
+        all orientations; only for 5x5 filters with `padding` 2.
+        """
         planes = [self._planes(x) for x in inputs]
-        if sum(x.shape[1] for x in planes) != self.in_channels * self.in_orientations:
+        known = self.in_channels * self.in_orientations
+        if constant is not None:
+            constant = constant.repeat_interleave(self.in_orientations)  # (C) -> (C * S)
+            known -= len(constant)
+        if sum(x.shape[1] for x in planes) != known:
             raise ValueError(f"{self._expects()}, got {', '.join(str(tuple(x.shape)) for x in inputs)}")
         if self.kernel_size == KERNEL and self.stride in (1, (1, 1)) and self.padding in (HALO, (HALO, HALO)):
-            y = conv2d(planes, self.filters())
-        else:
+            y = conv2d(planes, self.filters(), constant)
+        elif constant is None:
             filters = self.filters()
             y = F.conv2d(torch.cat(planes, 1), filters.filters, filters.bias, self.stride, self.padding)
+        else:
+            raise ValueError("a constant is for 5x5 filters with stride 1 and padding 2")
         return y.unflatten(1, (self.out_channels, self.out_orientations))  # (N, O * S', H', W') -> (N, O, S', H', W')
 
     def _planes(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ layer of O: stage t + 1 gets O - R_t, and all stages share their weights (sectio
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ import strips
 import windows
 from coarse2fine import Coarse2Fine
 from common import UserError
-from convolution import Conv5x5, FilterKeeper, shared_filters
+from convolution import Conv5x5, FilterLayer, compiled_filters, shared_filters
 from devices import autocast_dtype, without_autocast
 from groupy import GroupConv2d, P4ConvP4, P4ConvZ2
 from network import Network
@@ -40,6 +40,11 @@ def _convolution(group: str, in_channels: int, out_channels: int) -> nn.Module:
 
 def _with_activation(convolution: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv0=convolution, relu=nn.LeakyReLU(SLOPE)))
+
+
+def _everywhere(constant: Tensor, x: Tensor) -> Tensor:
+    """The values (C) of channels that are the same everywhere, to be added to `x` (N, C, 4, H, W) or (N, C, H, W)."""
+    return constant.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
 
 class SEBlock(nn.Module):
@@ -124,16 +129,20 @@ class DSEN(Network):
     def output_num(self) -> int:
         return self.stage_num
 
-    def _linked(self, index: int, x: Tensor, state: Tensor | None) -> Tensor:
-        """What the connection of layer `index` makes of the layer's state; shape of `x`.
+    def _layer(self, index: int, x: Tensor, state: Tensor | None) -> Tensor:
+        """Layer `index` and its residual: of its input `x` and, through its connection, of its state; shape of `x`.
 
         The states before stage 1 are zeros, of which the connection leaves LeakyReLU(bias), everywhere.
         """
+        layer = self.re_layer[index]
+        if self.link == "none":
+            return layer(x) + x
         connection = self.connect_layers[index]
-        if state is not None:
-            return connection(state)
-        bias = F.leaky_relu(connection.conv0.bias, SLOPE)
-        return bias.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)).expand_as(x)
+        constant = F.leaky_relu(connection.conv0.bias, SLOPE) if state is None else None
+        if self.link == "add":
+            x = x + (_everywhere(constant, x) if state is None else connection(state))
+            return layer(x) + x
+        return (layer(x, constant=constant) if state is None else layer(x, connection(state))) + x
 
     def stage(self, image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """One stage: image (N, 3, H, W) to its rain layer (N, 3, H, W) and the layers' states (N, C, 4, H, W)."""
@@ -149,13 +158,8 @@ class DSEN(Network):
             x = self.pre_layer(image)
         x = x.to(autocast_dtype(x) or x.dtype)
         new_states = []
-        for index, layer in enumerate(self.re_layer):
-            inputs = [x]
-            if self.link == "concat":
-                inputs = [x, self._linked(index, x, states[index])]
-            elif self.link == "add":
-                inputs = [x := x + self._linked(index, x, states[index])]
-            x = F.leaky_relu_(layer(*inputs) + x, SLOPE)  # the residual is added before the activation
+        for index in range(len(self.re_layer)):
+            x = F.leaky_relu_(self._layer(index, x, states[index]), SLOPE)
             new_states.append(x)
         aggregate, *_ = self.dec
         return aggregate(x).to(image.dtype), new_states
@@ -181,15 +185,7 @@ class DSEN(Network):
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         O = O.contiguous(memory_format=torch.channels_last)  # the order that the fast convolutions read
         rain_layers, image, states = [], O, [None] * len(self.re_layer)
-        compiled = self.compiled_stage if self.training else None
-        stage = compiled or self.stage
-        with shared_filters() as again:
-            for module in self.modules():
-                if isinstance(module, FilterKeeper):
-                    filters = module.filters()
-                    filters.prepare()  # before the stages: what a stage does must not depend on which it is
-                    module.prepared = (filters.filters, filters.bias) if compiled else None
-            stage = self.repeated(stage, lambda: (nullcontext(), again()))
+        with self._prepared_stage() as stage:
             for t in range(stage_num or self.stage_num):
                 R, states = stage(image, states)
                 if t < fixed:  # not under no_grad, where autocast would keep copies of the weights without gradients
@@ -197,6 +193,24 @@ class DSEN(Network):
                 rain_layers.append(R)
                 image = O - R
         return rain_layers
+
+    @contextmanager
+    def _prepared_stage(self) -> Iterator[Callable]:
+        """`stage`, compiled or repeated where that is asked for, with filters that are made once for all stages."""
+        compiled = self.compiled_stage if self.training else None
+        layers = [module for module in self.modules() if isinstance(module, FilterLayer)]
+        with shared_filters() as again:
+            for layer in layers:
+                layer.filters().prepare()  # before the stages: what a stage does must not depend on which it is
+            if compiled is None:
+                yield self.repeated(self.stage, lambda: (nullcontext(), again()))
+                return
+
+            def stage(image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+                with again(), compiled_filters(layers):
+                    return compiled(image, states)
+
+            yield self.repeated(stage)
 
     def compile(self, *arguments, **keywords) -> None:
         """As `nn.Module.compile`, but for training alone, and a stage at a time: all stages are the same code."""

@@ -287,28 +287,42 @@ def multiply(
 class Convolution(torch.autograd.Function):
     """Convolution of the images `inputs`, taken side by side in the channels, with its gradients.
 
-    The gradient of the input is a convolution again, that of the matrices the product of both sides' values.
+    The gradient of the input is a convolution again, that of the matrices the product of both sides' values. Gradients
+    that are to have gradients themselves are the direct convolution's, with respect to the filters.
     """
 
     @staticmethod
-    def forward(ctx, filters, matrices: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
-        ctx.filters = filters
-        ctx.save_for_backward(*inputs)
+    def forward(made, matrices: Tensor, filters: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+        """`made` are the `convolution.Filters` that hold `matrices` (64, I, O), of `filters` (O, I, 5, 5)."""
         return _convolve([x.permute(0, 2, 3, 1) for x in inputs], matrices, bias, matrices.shape[2])[0]
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.made, _, filters, _, *images = inputs
+        ctx.save_for_backward(filters, *images)
+
+    @staticmethod
     def backward(ctx, gradient: Tensor):
-        inputs = ctx.saved_tensors
-        gradient = gradient.permute(0, 2, 3, 1)
+        filters, *inputs = ctx.saved_tensors
+        with_images, with_bias = any(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]
+        d_inputs: list[Tensor | None] = [None] * len(inputs)
+        channels = [x.shape[1] for x in inputs]
+        if torch.is_grad_enabled():  # second-order gradients are asked for
+            needs = [with_images, ctx.needs_input_grad[2], with_bias]
+            d_x, d_filters, d_bias = torch.ops.aten.convolution_backward(
+                gradient, torch.cat(inputs, 1), filters, [len(filters)], [1, 1], [HALO, HALO], [1, 1], False, [0, 0], 1,
+                needs,
+            )  # fmt: skip
+            return None, None, d_filters, d_bias, *(d_inputs if d_x is None else d_x.split(channels, 1))
         d_matrices = d_bias = None
-        d_inputs = [None] * len(inputs)
-        if any(ctx.needs_input_grad[3:]):
-            d_inputs = _convolve([gradient], ctx.filters.turned, None, *(x.shape[1] for x in inputs))
+        gradient = gradient.permute(0, 2, 3, 1)
+        if with_images:
+            d_inputs = _convolve([gradient], ctx.made.turned, None, *channels)
         if ctx.needs_input_grad[1]:
             d_matrices = _matrices_gradient([x.permute(0, 2, 3, 1) for x in inputs], gradient)
-        if ctx.needs_input_grad[2]:
+        if with_bias:
             d_bias = gradient.sum((0, 1, 2))
-        return None, d_matrices, d_bias, *d_inputs
+        return None, d_matrices, None, d_bias, *d_inputs
 
 
 def _matrices_gradient(inputs: list[Tensor], gradient: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.torch_version import TorchVersion
 
 import model
 from conftest import GOLDEN
-from convolution import FilterKeeper
+from convolution import FilterLayer
 from devices import autocast
 from model import DSEN, build, count_parameters
 from presets import PRESETS
@@ -89,7 +89,7 @@ def test_published_outputs_one_stage_after_another(name, stages, device):
 @pytest.mark.parametrize("group", ["p4", "z2"])
 def test_filters_are_made_once_for_all_stages_gradients_included(group, monkeypatch):
     network = small(stage_num=3, link="concat", group=group)
-    layers = [module for module in network.modules() if isinstance(module, FilterKeeper)]
+    layers = [module for module in network.modules() if isinstance(module, FilterLayer)]
     assert len(layers) == 1 + 2 + 2 + 1
     made = []
     for layer in layers:
