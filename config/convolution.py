@@ -193,9 +193,7 @@ def _widened(x: Tensor, channels: int) -> Tensor:
     if x.shape[1] == channels:
         return x.contiguous(memory_format=torch.channels_last)
     number, known, *size = x.shape
-    wide = torch.empty(
-        (number, channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    wide = torch.empty((number, channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     wide[:, :known] = x
     wide[:, known:] = 0
     return wide
@@ -232,9 +230,7 @@ def conv2d(inputs: Sequence[Tensor], filters: Filters, constant: Tensor | None =
     if winograd_fits(inputs, filters.filters):
         return Convolution.apply(filters, filters.matrices, filters.filters, filters.bias, *inputs)
     if dtype is not None and (_shared.layers is not None or torch.compiler.is_compiling()):
-        return HalfConvolution.apply(
-            filters.half(dtype), filters.filters, filters.bias, *(x.to(dtype) for x in inputs)
-        )
+        return HalfConvolution.apply(filters.half(dtype), filters.filters, filters.bias, *(x.to(dtype) for x in inputs))
     x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
     return F.conv2d(x, filters.filters, filters.bias, padding=HALO)
 

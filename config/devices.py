@@ -8,6 +8,8 @@ from torch import Tensor
 import ranks
 from common import UserError
 
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def pick_device(name: str) -> torch.device:
     """The device of a settings' `device`; "auto" is the first of cuda, mps and cpu that there is. Raises UserError.
@@ -40,16 +42,24 @@ def describe(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
 
 
-def is_bf16(precision: str, device: torch.device) -> bool:
-    """Whether convolutions compute in bfloat16: as `precision` says, or "auto", on CUDA GPUs that have it (Ampere)."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return precision == "bf16"
+def compute_dtype(precision: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """What convolutions compute in: a settings' `precision`, or for "auto" what the device is fast and good in.
+
+    On CUDA GPUs with tensor cores that is float16 for inference, which is eight times as fine as bfloat16 there, and
+    bfloat16 in training where there is (Ampere and newer), whose range gradients need. Elsewhere it is float32.
+    """
+    if precision != "auto":
+        return PRECISIONS[precision]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if training:
+        return torch.bfloat16 if capability >= (8, 0) else torch.float32
+    return torch.float16 if capability >= (7, 0) else torch.float32
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Within this, forward passes compute in a settings' `precision`; weights and images stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if is_bf16(precision, device) else nullcontext()
+def autocast(precision: str, device: torch.device, training: bool = False) -> AbstractContextManager:
+    """Within this, forward passes compute in `compute_dtype`; weights and images stay float32."""
+    dtype = compute_dtype(precision, device, training)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -59,7 +69,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """For the two ends of a network, few operations whose rounding to bfloat16 would be more than half of the error."""
+    """For the two ends of a network, few operations whose rounding to 16 bits would be more than half of the error."""
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 

@@ -1,5 +1,6 @@
 """Whole images through a network: the restored image of every stage, and its scores."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ import model
 import ranks
 import settings as knobs
 from cal_ssim import METRICS, scores, to_8bit
-from common import UserError, in_terminal
+from common import UserError, in_terminal, log
 from dataset import read_whole
-from devices import autocast, pick_device
+from devices import autocast, compute_dtype, pick_device
+from graphs import replaying
 from settings import Settings
 
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
@@ -73,18 +75,25 @@ def restore(
 ) -> Iterator[Tensor]:
     """The background B_t = O - R_t of every stage, each (3, H, W) in [0, 1], of one rainy image (3, H, W) in [0, 1].
 
-    `memory_gib`, `precision` and `mirror` are the settings'. In a terminal, a bar shows the progress of an image that
-    takes long.
+    `memory_gib`, `precision` and `mirror` are the settings'. What float16 can't hold is computed in float32. In a
+    terminal, a bar shows the progress of an image that takes long.
     """
     bar = tqdm(total=1.0, delay=3, leave=False, disable=not in_terminal(), bar_format=BAR, dynamic_ncols=True)
     each_stage = partial(_mirrored_too, network) if mirror else network.each_stage
     rain_layers = each_stage(O, stage_num, memory_gib, bar.update)
+    half = compute_dtype(precision, O.device) == torch.float16
     with bar:
-        while True:
+        for done in itertools.count():
             with autocast(precision, O.device):  # around the network alone, not around the caller's work
                 R = next(rain_layers, None)
             if R is None:
                 return
+            if half and not R.isfinite().all():
+                log.warning("the activations leave float16's range, so this image is computed in float32")
+                bar.reset()
+                rain_layers = itertools.islice(each_stage(O, stage_num, memory_gib, bar.update), done, None)
+                half, precision = False, "float32"
+                R = next(rain_layers)
             yield torch.sub(O, R, out=R).clamp_(0, 1)
 
 
@@ -105,11 +114,11 @@ def _mirrored_too(
 
 
 def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, *how) -> list[Tensor]:
-    """The same for an 8-bit image: (3, H, W) uint8 on the CPU to one (3, H, W) uint8 a stage, as it would be saved.
+    """The same for an 8-bit image: (3, H, W) uint8 to one (3, H, W) uint8 a stage, as it would be saved, on `device`.
 
     `how` are `memory_gib`, `precision` and `mirror`, as `restore` takes them.
     """
-    return [to_8bit(image).cpu() for image in restore(network, O.to(device).float() / 255, None, *how)]
+    return [to_8bit(image) for image in restore(network, O.to(device).float() / 255, None, *how)]
 
 
 def score_pairs(
@@ -117,18 +126,19 @@ def score_pairs(
 ) -> tuple[np.ndarray, list]:
     """Scores of whole pairs, (pairs, 1 + stages, METRICS): of the rainy input, then of every stage.
 
-    `each(path, O, restored, B, rows)` is called after each pair; what it returns comes back in a list, a pair an item.
-    Several ranks share the pairs, and all get everything. The network is put in eval mode and back. `how` is that of
-    `restore_8bit`.
+    `each(path, O, restored, B, rows)` is called after each pair, whose images are on `device`, where they are scored as
+    well; what it returns comes back in a list, a pair an item. Several ranks share the pairs, and all get everything.
+    The network is put in eval mode and back. `how` is that of `restore_8bit`.
     """
     was_training = network.training
     network.eval()
     found = []
-    for path in ranks.share(paths):
-        O, B = read_whole(path)
-        restored = restore_8bit(network, O, device, *how)
-        rows = [scores(image, B) for image in (O, *restored)]
-        found.append(([[row[name] for name in METRICS] for row in rows], each(path, O, restored, B, rows)))
+    with replaying(network):
+        for path in ranks.share(paths):
+            O, B = (image.to(device) for image in read_whole(path))
+            restored = restore_8bit(network, O, device, *how)
+            rows = [scores(image, B) for image in (O, *restored)]
+            found.append(([[row[name] for name in METRICS] for row in rows], each(path, O, restored, B, rows)))
     network.train(was_training)
     found = ranks.gather(found)
     return np.array([table for table, _ in found]), [result for _, result in found]

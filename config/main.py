@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -39,6 +39,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import cal_ssim
 import checkpoint as checkpoints
+import graphs
 import losses
 import model
 import ranks
@@ -50,8 +51,9 @@ from checkpoint import Checkpoint
 from common import Interrupt, UserError, in_terminal, log, run_script, set_up_log
 from curves import NoCurves, open_curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
-from devices import autocast, describe, is_bf16, is_out_of_memory, pick_device
+from devices import autocast, compute_dtype, describe, is_out_of_memory, pick_device
 from evaluate import NEARLY_INPUT, how_to_restore, open_network, score_pairs
+from graphs import Replay
 from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
@@ -61,7 +63,7 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-COMPILE_STEPS = 10000  # left in a run that torch.compile, which takes a minute or more at first, is taken for
+COMPILE_STEPS = 5000  # left in a run from which on torch.compile pays: measured on an H200, bench/NOTES.md
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
 
 
@@ -120,6 +122,34 @@ def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.o
     )
 
 
+class Outcome(NamedTuple):
+    """Of one forward and backward pass, all without gradients."""
+
+    loss: Tensor  # (), this pass's share of the step's
+    terms: dict[str, Tensor]  # of the loss, each ()
+    rain_layers: list[Tensor]  # of every stage, (N, 3, H, W)
+
+
+def add_gradients(
+    network: nn.Module,
+    criterion: nn.Module,
+    settings: Settings,
+    O: Tensor,
+    B: Tensor,
+    labels: Tensor | None = None,
+    share: float = 1.0,
+    stages: tuple[int, int] | tuple[()] = (),
+) -> Outcome:
+    """Add the gradients of `share` times the loss on rainy crops `O` and clean crops `B` to the parameters'."""
+    with autocast(settings.precision, O.device, training=True):
+        rain_layers = network(O, *stages)
+        terms = criterion(rain_layers, O, B, labels)
+    loss = share * terms.pop("loss")
+    (loss * ranks.count()).backward()
+    terms = {name: term.detach() for name, term in terms.items()}
+    return Outcome(loss.detach(), terms, [R.detach() for R in rain_layers])
+
+
 def train_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -129,51 +159,66 @@ def train_step(
     scored: bool,
     criterion: nn.Module | None = None,
     labels: Tensor | None = None,
+    recorded: Replay | None = None,
 ) -> dict[str, float]:
     """One step of the optimiser on rainy crops `O` and clean crops `B`, both (N, 3, H, W) in [0, 1].
 
     `criterion` is the loss, `losses.build`'s if None; it may take the pixels' `labels` (N, H, W). Returns `loss`, and
     where `scored`, the loss's other terms, `stage_t/psnr` and `stage_t/ssim`. A loss that is not finite leaves the
     weights as they were. The crops go through the network in the parts that `accumulate` asks for, on the CPU at most a
-    few at a time; their gradients add up to the batch's.
+    few at a time; their gradients add up to the batch's. Or they go at once through `recorded`: see `record_step`.
 
     Of several ranks, each has its part of the batch, `network` is DistributedDataParallel, whose gradients are the mean
     over the ranks, and the results are those of the whole batch.
     """
     criterion = criterion or losses.build(settings)
     batch = settings.batch_size if ranks.count() > 1 else len(O)
-    count = math.ceil(len(O) / settings.accumulate)
-    if O.device.type == "cpu":  # fewer crops at a time take less memory, and are faster
+    count = len(O) if recorded else math.ceil(len(O) / settings.accumulate)
+    if O.device.type == "cpu" and not recorded:  # fewer crops at a time take less memory, and are faster
         count = min(count, max(1, PIECE_PIXELS // (O.shape[2] * O.shape[3])))
     all_labels = [None] * math.ceil(len(O) / count) if labels is None else labels.split(count)
     parts = list(zip(O.split(count), B.split(count), all_labels, strict=True))
     result: dict[str, float] = defaultdict(float)
+    loss = O.new_zeros(())
+    if not recorded:
+        optimizer.zero_grad(set_to_none=True)
     stages = _truncated(settings, network, scored)
-    optimizer.zero_grad(set_to_none=True)
     for index, (rainy, clean, classes) in enumerate(parts):
-        is_last, share = index == len(parts) - 1, len(rainy) / batch
-        with nullcontext() if is_last or ranks.count() == 1 else network.no_sync():
-            with autocast(settings.precision, O.device):
-                rain_layers = network(rainy, *stages)
-                terms = criterion(rain_layers, rainy, clean, classes)
-            loss = share * terms.pop("loss")
-            result["loss"] += loss.item()
-            if is_last:
-                (result["loss"],) = ranks.total([result["loss"]])
-                if not np.isfinite(result["loss"]):
-                    return result
-            (loss * ranks.count()).backward()
+        share = len(rainy) / batch
+        if recorded:
+            outcome = recorded(*(x for x in (rainy, clean, classes) if x is not None))
+        else:
+            is_last = index == len(parts) - 1
+            with nullcontext() if is_last or ranks.count() == 1 else network.no_sync():
+                outcome = add_gradients(network, criterion, settings, rainy, clean, classes, share, stages)
+        loss += outcome.loss
         if scored:
-            for name, value in _step_scores(terms, rain_layers, rainy, clean):
+            for name, value in _step_scores(outcome, rainy, clean):
                 result[name] += share * value
+    (total,) = ranks.total([loss.item()])
+    if not np.isfinite(total):
+        return {"loss": total}
     ranks.average_gradients(criterion)
     if settings.clip_norm:
         nn.utils.clip_grad_norm_([*network.parameters(), *criterion.parameters()], settings.clip_norm)
     optimizer.step()
     if scored:
-        names = [name for name in result if name != "loss"]
-        result |= dict(zip(names, ranks.total([result[name] for name in names]), strict=True))
-    return result
+        result = dict(zip(result, ranks.total(list(result.values())), strict=True))
+    return {"loss": total, **result}
+
+
+def record_step(
+    network: nn.Module, criterion: nn.Module, settings: Settings, O: Tensor, B: Tensor, labels: Tensor | None = None
+) -> Replay | None:
+    """Forward and backward pass of a whole batch as a CUDA graph, for `train_step`; None where that can't be made."""
+    parameters = [p for p in (*network.parameters(), *criterion.parameters()) if p.requires_grad]
+
+    def step(*batch: Tensor) -> Outcome:
+        for parameter in parameters:
+            parameter.grad = None
+        return add_gradients(network, criterion, settings, *batch)
+
+    return graphs.record(step, [x for x in (O, B, labels) if x is not None], parameters)
 
 
 def _truncated(settings: Settings, network: nn.Module, scored: bool) -> tuple[int, int] | tuple[()]:
@@ -190,12 +235,10 @@ def _truncated(settings: Settings, network: nn.Module, scored: bool) -> tuple[in
 
 
 @torch.no_grad()
-def _step_scores(
-    terms: dict[str, Tensor], rain_layers: list[Tensor], O: Tensor, B: Tensor
-) -> Iterator[tuple[str, float]]:
-    for name, term in terms.items():
+def _step_scores(outcome: Outcome, O: Tensor, B: Tensor) -> Iterator[tuple[str, float]]:
+    for name, term in outcome.terms.items():
         yield name, term.item()
-    for t, R in enumerate(rain_layers, 1):
+    for t, R in enumerate(outcome.rain_layers, 1):
         restored = (O - R).clamp(0, 1)
         yield f"stage_{t}/psnr", cal_ssim.psnr(restored, B).mean().item()
         if min(B.shape[-2:]) >= cal_ssim.WINDOW:
@@ -214,8 +257,8 @@ def validate(
 
     def each(path, O, restored, B, rows):
         if not mosaic:
-            mosaic.extend([O, *restored, B])
-        O, B, *restored = (image[None].to(device).float() / 255 for image in (O, B, *restored))
+            mosaic.extend(image.cpu() for image in (O, *restored, B))
+        O, B, *restored = (image[None].float() / 255 for image in (O, B, *restored))
         with torch.no_grad():
             terms = criterion([O - image for image in restored], O, B)
         return [terms[f"stage_{t}/loss"].item() for t in range(1, len(restored) + 1)]
@@ -241,6 +284,8 @@ class Trainer:
         self.device = pick_device(settings.device)
         if settings.backprop_stages and settings.backprop_stages >= settings.stage_num:
             raise UserError(f"backprop_stages {settings.backprop_stages} is no part of {settings.stage_num} stages")
+        if settings.precision == "fp16":
+            raise UserError("precision fp16 is for test and show: its range is too small for gradients; train in bf16")
         if settings.batch_size < ranks.count():
             raise UserError(f"batch_size {settings.batch_size} is too small for {ranks.count()} processes")
         torch.manual_seed(settings.seed)
@@ -256,6 +301,8 @@ class Trainer:
         self.criterion = losses.build(settings, self.dataset.labelled).to(self.device)
         self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer)
         self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
+        self.recorded: Replay | None = None  # the step, as a CUDA graph
+        self.records = self._can_record()
         self.averaged = None
         if settings.average:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
@@ -384,10 +431,10 @@ class Trainer:
 
     def _log_start(self) -> None:
         settings = self.settings
-        precision = "bf16" if is_bf16(settings.precision, self.device) else "float32"
+        half = compute_dtype(settings.precision, self.device, training=True) != torch.float32
         log.info(
-            f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device} in {precision}, "
-            f"steps {self.step} to {settings.steps}"
+            f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device} in "
+            f"{'bf16' if half else 'float32'}, steps {self.step} to {settings.steps}"
         )
         if ranks.count() > 1:
             log.info(
@@ -409,6 +456,24 @@ class Trainer:
         # Where nobody asked for it and there is no compiler, the network runs as it is.
         torch._dynamo.config.suppress_errors = not asked
         self.network.compile()
+
+    def _can_record(self) -> bool:
+        """Whether a step may become a CUDA graph. Raises UserError where that is asked for, and it can't."""
+        settings = self.settings
+        why_not = [
+            what
+            for what, is_so in {
+                f"the device is {self.device}": self.device.type != "cuda",
+                "several processes share a batch": ranks.count() > 1,
+                "accumulate takes it in parts": settings.accumulate > 1,
+                "checkpoint_activations repeats it": settings.checkpoint_activations,
+                "backprop_stages changes it": settings.backprop_stages > 0,
+            }.items()
+            if is_so
+        ]
+        if why_not and settings.cuda_graphs == "on":
+            raise UserError(f"--cuda_graphs on records a step of one pass on one CUDA GPU: {', '.join(why_not)}")
+        return settings.cuda_graphs != "off" and not why_not
 
     def _loop(self, bar: tqdm, interrupt: Interrupt) -> None:
         settings = self.settings
@@ -458,12 +523,18 @@ class Trainer:
             log.info(f"step {self.step}: from {self.network.stage_num} to {stages} stages")
             self.network.stage_num = stages
             self.parallel = self._parallel()
+            self.recorded, self.records = None, self._can_record()
 
     def _train_step(self, O: Tensor, B: Tensor, scored: bool, labels: Tensor | None = None) -> dict[str, float]:
         """`train_step`, with one line about a full memory."""
         settings = self.settings
         try:
-            return train_step(self.parallel, self.optimizer, O, B, settings, scored, self.criterion, labels)
+            if self.records and self.recorded is None:
+                self.recorded = record_step(self.network, self.criterion, settings, O, B, labels)
+                self.records = self.recorded is not None
+            return train_step(
+                self.parallel, self.optimizer, O, B, settings, scored, self.criterion, labels, self.recorded
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

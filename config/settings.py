@@ -149,6 +149,12 @@ class Settings:
         "torch.compile in training; auto: on a CUDA GPU where enough steps are left to make up for compiling",
         choices=("on", "off"),
     )
+    cuda_graphs: str = knob(
+        "auto",
+        "record a step's kernels once and replay them, so that a GPU does not wait for Python; auto: where a step is "
+        "one pass of one process on a CUDA GPU",
+        choices=("on", "off"),
+    )
     seed: int = knob(0, "seed of the initial weights, the crops and their rain", minimum=0)
     val_images: int = knob(10, "validation pairs scored at each validation, spread over val; 0: all", minimum=0)
     log_steps: int = knob(50, "steps between two lines of the log and points of the curves", minimum=1)
@@ -163,8 +169,9 @@ class Settings:
     device: str = knob("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = knob(
         "auto",
-        "of the convolutions between a stage's first and last: auto (bf16 on CUDA GPUs that have it), float32 or bf16",
-        choices=("float32", "bf16"),
+        "of the convolutions between a stage's first and last: float32, bf16, or fp16 (not in training); auto: on CUDA "
+        "GPUs bf16 in training, where the GPU has it, and fp16 for test and show; elsewhere float32",
+        choices=("float32", "bf16", "fp16"),
     )
     memory_gib: float = knob(0.0, "memory that deraining an image may take, GiB; 0: what is free (CPU)", minimum=0)
     mirror: bool = knob(

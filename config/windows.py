@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common import log
+from convolution import shared_filters
 from devices import empty_cache, is_out_of_memory
 from memory import Room
 
@@ -32,7 +33,7 @@ def each_stage(
     _, height, width = O.shape
     rows = max(LEAST_ROWS, CPU_PIXELS // width) if O.device.type == "cpu" else height
     if rows >= height:
-        rain_layers = _unless_out_of_memory(lambda: network(O[None], stage_num), O.device, height <= LEAST_ROWS)
+        rain_layers = _unless_out_of_memory(lambda: network.at_once(O[None], stage_num), O.device, height <= LEAST_ROWS)
         if rain_layers is not None:
             for R in rain_layers:
                 yield R[0]
@@ -67,11 +68,13 @@ def all_stages(
     top = 0
     while top < height:
         low = high = None
+        forward = network.at_once
         if rows < height:
+            forward = network.forward
             rows = max(network.stride, rows // network.stride * network.stride)
             low, high = max(0, top - halo) // network.stride * network.stride, min(height, top + rows + halo)
         found = _unless_out_of_memory(
-            lambda: network.forward(O[None, :, low:high], stage_num),  # noqa: B023
+            lambda: forward(O[None, :, low:high], stage_num),  # noqa: B023
             O.device,
             rows <= LEAST_ROWS or halo is None,
         )
@@ -106,6 +109,7 @@ class _Windows:
         self.O, self.image = O, O.cpu()
         self.gathered: Tensor | None = None  # (H, W, C) on the CPU, as all that is kept
         self.states: list[Tensor] = []  # of each layer, (H, W, planes)
+        self.filters: dict = {}  # of all windows and stages
         self.state_shape: tuple[int, ...] = ()  # of a pixel's planes: (C, 4), or (C,) in ordinary networks
 
     def stage(self, first: bool, last: bool) -> Iterator[float]:
@@ -151,7 +155,8 @@ class _Windows:
                 window.to(self.O.device).permute(2, 0, 1)[None].unflatten(1, self.state_shape) for window in windows
             ]
         image = self.image[None, :, low:high].to(self.O.device).contiguous(memory_format=torch.channels_last)
-        gathered, states = self.network.features(image, states)
+        with shared_filters(self.filters):
+            gathered, states = self.network.features(image, states)
         self.state_shape = states[0].shape[1:-2]
         rows = slice(top - low, end - low)
 

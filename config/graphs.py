@@ -1,0 +1,104 @@
+"""CUDA graphs: a function's kernels are recorded once and then replayed, which takes no time to launch them.
+
+A small network on a fast GPU waits for Python, which launches some hundred kernels one by one; a graph launches all at
+once. It repeats the same kernels on the same memory, so it is for inputs of one shape, and for weights that stay in
+their place: an optimiser may change them, but they must not be replaced.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import log
+
+WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled
+SEEN_BEFORE = 2  # images of a shape that go their usual way; from the next on a graph pays
+MOST_SHAPES = 8  # that graphs are kept for
+
+
+class Replay:
+    """`function` of CUDA tensors, recorded with inputs of the shapes of `examples`, and replayed by each call.
+
+    The outputs, tensors in lists or dicts, are overwritten by the next call. Gradients that `function` writes to
+    `parameters`, from None, are theirs after each call. Raises RuntimeError where `function` can't be recorded: it must
+    not wait for the GPU, nor read from it.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], examples: Sequence[Tensor], parameters: Sequence[nn.Parameter] = ()
+    ):
+        self.inputs = [x.clone() for x in examples]
+        self.parameters = parameters
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, which fetch the next crops, may go on meanwhile.
+        with torch.cuda.stream(side), torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+            self.outputs = function(*self.inputs)
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.outputs
+
+
+class Replays:
+    """`function` of an image and the number of stages, through a graph for each shape that comes often enough.
+
+    The outputs, lists of tensors, are copies, and the caller's.
+    """
+
+    def __init__(self, function: Callable[[Tensor, int], list[Tensor]]):
+        self.function = function
+        self.seen: Counter = Counter()
+        self.graphs: dict[tuple, Replay | None] = {}  # None: of a shape that can't be recorded
+
+    def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
+        if image.device.type != "cuda":
+            return self.function(image, stage_num)
+        key = (image.shape, stage_num, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None)
+        self.seen[key] += 1
+        if self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < MOST_SHAPES:
+            self.graphs[key] = record(lambda x: self.function(x, stage_num), [image])
+        replay = self.graphs.get(key)
+        if replay is None:
+            return self.function(image, stage_num)
+        return [output.clone() for output in replay(image)]
+
+
+def record(
+    function: Callable[..., Any], examples: Sequence[Tensor], parameters: Sequence[nn.Parameter] = ()
+) -> Replay | None:
+    """A `Replay`; None, with a line, where `function` can't be recorded, and then it has to be called as it is."""
+    try:
+        return Replay(function, examples, parameters)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    torch.cuda.synchronize()
+    log.warning(f"kernels are launched one by one, as they can't be recorded as a CUDA graph: {reason}")
+    return None
+
+
+@contextmanager
+def replaying(network: nn.Module) -> Iterator[None]:
+    """Within this, images of one shape go through `network.at_once` by replaying; the weights must stay in place."""
+    if "at_once" in network.__dict__:  # it is replaying already
+        yield
+        return
+    network.at_once = Replays(network)
+    try:
+        yield
+    finally:
+        del network.at_once
