@@ -32,7 +32,8 @@ class Filters:
         self, filters: Tensor, bias: Tensor | None, half: Tensor | None = None, whole: "Filters | None" = None
     ):
         """`whole` has these filters as those of its first input channels, and what was made of it need only be cut."""
-        self.filters, self.bias = filters, bias
+        self.filters = filters.contiguous(memory_format=torch.channels_last)  # as the images that they meet
+        self.bias = bias
         self._half, self._whole = half, whole
 
     @cached_property
@@ -157,35 +158,30 @@ class HalfConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(half: Tensor, filters: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+    def forward(half: Tensor, filters: Tensor, *inputs: Tensor) -> Tensor:
         """`half` (O', I, 5, 5) is `Filters.half` of `filters` (O, I, 5, 5); inputs (N, I_k, H, W), I of them in all."""
         x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
-        more = len(half) - len(filters)
-        bias = bias if bias is None else F.pad(bias, (0, more)).to(half.dtype)
-        return F.conv2d(x, half, bias, padding=HALO)[:, : len(filters)]
+        return F.conv2d(x, half, padding=HALO)[:, : len(filters)]
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        half, filters, bias, *images = inputs
-        ctx.save_for_backward(half, filters, *images)
-        ctx.biased = bias is not None
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         half, filters, *inputs = ctx.saved_tensors
         x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
-        needs = [any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[1], False]
         if torch.is_grad_enabled():  # second-order gradients are asked for, also those with respect to the filters
-            half, wide = filters.to(half.dtype), gradient
+            half = filters.to(half.dtype)
         else:
-            wide = _widened(gradient, len(half))
+            gradient = _widened(gradient, len(half))
+        needs = [any(ctx.needs_input_grad[2:]), ctx.needs_input_grad[1], False]
         d_x, d_filters, _ = torch.ops.aten.convolution_backward(
-            wide, x, half, None, [1, 1], [HALO, HALO], [1, 1], False, [0, 0], 1, needs
+            gradient, x, half, None, [1, 1], [HALO, HALO], [1, 1], False, [0, 0], 1, needs
         )
         d_filters = None if d_filters is None else d_filters[: len(filters)].to(filters.dtype)
-        d_bias = gradient.sum((0, 2, 3), dtype=filters.dtype) if ctx.needs_input_grad[2] else None
         d_inputs = [None] * len(inputs) if d_x is None else d_x.split([y.shape[1] for y in inputs], 1)
-        return None, d_filters, d_bias, *d_inputs
+        return None, d_filters, *d_inputs
 
 
 def _widened(x: Tensor, channels: int) -> Tensor:
@@ -229,8 +225,9 @@ def conv2d(inputs: Sequence[Tensor], filters: Filters, constant: Tensor | None =
     dtype = autocast_dtype(inputs[0])
     if winograd_fits(inputs, filters.filters):
         return Convolution.apply(filters, filters.matrices, filters.filters, filters.bias, *inputs)
-    if dtype is not None and (_shared.layers is not None or torch.compiler.is_compiling()):
-        return HalfConvolution.apply(filters.half(dtype), filters.filters, filters.bias, *(x.to(dtype) for x in inputs))
+    if dtype is not None and (torch.compiler.is_compiling() or _shared.layers is not None):
+        y = HalfConvolution.apply(filters.half(dtype), filters.filters, *(x.to(dtype) for x in inputs))
+        return y if filters.bias is None else y + filters.bias.to(dtype)[:, None, None]
     x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
     return F.conv2d(x, filters.filters, filters.bias, padding=HALO)
 

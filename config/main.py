@@ -141,6 +141,7 @@ def add_gradients(
     stages: tuple[int, int] | tuple[()] = (),
 ) -> Outcome:
     """Add the gradients of `share` times the loss on rainy crops `O` and clean crops `B` to the parameters'."""
+    O, B = (x.contiguous(memory_format=torch.channels_last) for x in (O, B))  # as the rain layers are, and gradients
     with autocast(settings.precision, O.device, training=True):
         rain_layers = network(O, *stages)
         terms = criterion(rain_layers, O, B, labels)

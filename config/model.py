@@ -70,7 +70,8 @@ class Aggregation(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.amax(2) if self.kind == "max" else x.mean(2)
+        x = x.amax(2) if self.kind == "max" else x.mean(2)
+        return x.contiguous(memory_format=torch.channels_last)  # which these two operations give up
 
 
 class AggregationConv2d(Conv5x5):
