@@ -151,6 +151,13 @@ def padded_results(results: int, dtype: torch.dtype, device: torch.device) -> in
     return 64 if wide else results
 
 
+def side_by_side(images: Sequence[Tensor]) -> Tensor:
+    """Images (N, C_k, H, W) joined in the channels; channels-last, if they are, which cat would not see for N = 1."""
+    if len(images) == 1:
+        return images[0]
+    return torch.cat([x.permute(0, 2, 3, 1) for x in images], 3).permute(0, 3, 1, 2)
+
+
 class HalfConvolution(torch.autograd.Function):
     """Convolution of 16-bit images with 16-bit copies of float32 filters, for whose gradients these stand.
 
@@ -160,7 +167,7 @@ class HalfConvolution(torch.autograd.Function):
     @staticmethod
     def forward(half: Tensor, filters: Tensor, *inputs: Tensor) -> Tensor:
         """`half` (O', I, 5, 5) is `Filters.half` of `filters` (O, I, 5, 5); inputs (N, I_k, H, W), I of them in all."""
-        x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+        x = side_by_side(inputs)
         return F.conv2d(x, half, padding=HALO)[:, : len(filters)]
 
     @staticmethod
@@ -170,7 +177,7 @@ class HalfConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         half, filters, *inputs = ctx.saved_tensors
-        x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+        x = side_by_side(inputs)
         if torch.is_grad_enabled():  # second-order gradients are asked for, also those with respect to the filters
             half = filters.to(half.dtype)
         else:
@@ -228,7 +235,7 @@ def conv2d(inputs: Sequence[Tensor], filters: Filters, constant: Tensor | None =
     if dtype is not None and (torch.compiler.is_compiling() or _shared.layers is not None):
         y = HalfConvolution.apply(filters.half(dtype), filters.filters, *(x.to(dtype) for x in inputs))
         return y if filters.bias is None else y + filters.bias.to(dtype)[:, None, None]
-    x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+    x = side_by_side(inputs)
     return F.conv2d(x, filters.filters, filters.bias, padding=HALO)
 
 

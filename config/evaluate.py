@@ -22,6 +22,7 @@ from devices import autocast, compute_dtype, pick_device
 from graphs import replaying
 from settings import Settings
 
+OWN = ("model_dir", "log_dir", "show_dir", "device", "precision", "cuda_graphs", "mirror")  # not the training's
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
@@ -38,8 +39,7 @@ def open_network(
     """
     asked = knobs.resolve(preset or "sdsen", overrides)
     path, checkpoint = ranks.from_first(lambda: _find_and_load(name or asked.run, Path(asked.model_dir)))
-    own = ("model_dir", "log_dir", "show_dir", "device", "precision", "mirror")  # the command's, not the training's
-    places = {place: getattr(asked, place) for place in own}
+    places = {name: getattr(asked, name) for name in OWN}
     settings = asked
     if checkpoint.settings:
         trained = {"stage_num": checkpoint.stages, "grow": ()} if checkpoint.stages else {}
@@ -51,6 +51,7 @@ def open_network(
                     "leave -p out, or name another checkpoint with -m"
                 )
     network = model.build(settings)
+    network.cuda_graphs = settings.cuda_graphs != "off"
     checkpoints.load_weights(network, checkpoint, path, average=True)
     return network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step
 
@@ -133,7 +134,7 @@ def score_pairs(
     was_training = network.training
     network.eval()
     found = []
-    with replaying(network):
+    with replaying(network, device):
         for path in ranks.share(paths):
             O, B = (image.to(device) for image in read_whole(path))
             restored = restore_8bit(network, O, device, *how)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common import log
+from devices import autocast_dtype
 
 WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled
 SEEN_BEFORE = 2  # images of a shape that go their usual way; from the next on a graph pays
@@ -66,9 +67,7 @@ class Replays:
         self.graphs: dict[tuple, Replay | None] = {}  # None: of a shape that can't be recorded
 
     def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
-        if image.device.type != "cuda":
-            return self.function(image, stage_num)
-        key = (image.shape, stage_num, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None)
+        key = (image.shape, stage_num, autocast_dtype(image))
         self.seen[key] += 1
         if self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < MOST_SHAPES:
             self.graphs[key] = record(lambda x: self.function(x, stage_num), [image])
@@ -92,9 +91,12 @@ def record(
 
 
 @contextmanager
-def replaying(network: nn.Module) -> Iterator[None]:
-    """Within this, images of one shape go through `network.at_once` by replaying; the weights must stay in place."""
-    if "at_once" in network.__dict__:  # it is replaying already
+def replaying(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within this, on a CUDA GPU, images of one shape go through `network.at_once` by replaying.
+
+    Only within this, as the network's weights must stay in their place.
+    """
+    if device.type != "cuda" or not network.cuda_graphs:
         yield
         return
     network.at_once = Replays(network)

@@ -33,7 +33,8 @@ def charbonnier(difference: Tensor, epsilon: float = CHARBONNIER) -> Tensor:
 
 
 STAGE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of (R, O, B), the mean over the batch
-    "mse": lambda R, O, B: F.mse_loss(R, O - B),
+    # As mse_loss, whose gradient would not be channels-last, nor a mean's.
+    "mse": lambda R, O, B: (R - (O - B)).square().sum() / R.numel(),
     "l1": lambda R, O, B: F.l1_loss(R, O - B),
     "charbonnier": lambda R, O, B: charbonnier(R - O + B),
     "ssim": lambda R, O, B: 1 - cal_ssim.ssim(O - R, B).mean(),

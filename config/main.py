@@ -295,6 +295,7 @@ class Trainer:
             checkpoints.load_weights(self.network, start, source)
         self.network.to(self.device)
         self.network.checkpoint_activations = settings.checkpoint_activations
+        self.network.cuda_graphs = settings.cuda_graphs != "off"
         folder = data_path(settings)
         self.dataset = CropDataset(folder / "train", settings)
         self.asked = settings  # what the checkpoints hold

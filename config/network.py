@@ -27,6 +27,7 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.cuda_graphs = True  # whether `graphs.replaying` may record it
         self.checkpoint_activations = False  # repeat parts of it for their gradients, instead of keeping activations
 
     def repeated(self, part: Callable, context_fn: Callable = lambda: (nullcontext(), nullcontext())) -> Callable:

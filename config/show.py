@@ -30,6 +30,7 @@ from dataset import data_path, list_pairs, to_tensor
 from devices import is_out_of_memory, pick_device
 from evaluate import NEARLY_INPUT, how_to_restore, open_network, restore
 from gallery import Gallery, Restored
+from graphs import replaying
 from image_io import SUFFIXES, list_images, read_image, read_pair, write_image
 from settings import Settings
 
@@ -74,7 +75,7 @@ def derain(network: nn.Module, path: Path, paired: bool, device: torch.device, s
         size = f"{image.shape[1]}x{image.shape[0]}"
         raise UserError(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
     seconds = time.perf_counter() - started
-    rows = [] if truth is None else [scores(to_tensor(x), to_tensor(truth)) for x in (image, *stages)]
+    rows = [] if truth is None else [scores(to_tensor(x).to(device), to_tensor(truth)) for x in (image, *stages)]
     return Restored(image, stages, truth, rows, change, seconds)
 
 
@@ -196,22 +197,23 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     stages_written = stage_num if known.all_stages else 0
     mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, stages_written), strict=True), 1)))
     found, terminal = [], in_terminal()  # for each image what is known of it, or None where it was skipped
-    for number, (path, stem) in each_image(mine, terminal):
-        try:
-            item = derain(network, path, paired, device, stage_num, *how_to_restore(settings))
-        except UserError as error:
-            log.warning(f"skipped: {error}")
-            found.append(None)
-            continue
-        names = stage_names(stem, result_suffix(path, item.image), stages_written)
-        for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
-            write_image(show_dir / run / name, image)
-        entry = gallery.entry(number, item, path, f"{run}/{names[0]}")
-        if not terminal:
-            psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if paired else ""
-            log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
-        # All images' pixels may not fit the memory.
-        found.append((replace(item, image=None, stages=[], truth=None), entry))
+    with replaying(network, device):
+        for number, (path, stem) in each_image(mine, terminal):
+            try:
+                item = derain(network, path, paired, device, stage_num, *how_to_restore(settings))
+            except UserError as error:
+                log.warning(f"skipped: {error}")
+                found.append(None)
+                continue
+            names = stage_names(stem, result_suffix(path, item.image), stages_written)
+            for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
+                write_image(show_dir / run / name, image)
+            entry = gallery.entry(number, item, path, f"{run}/{names[0]}")
+            if not terminal:
+                psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if paired else ""
+                log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
+            # All images' pixels may not fit the memory.
+            found.append((replace(item, image=None, stages=[], truth=None), entry))
     found = [both for both in ranks.gather(found) if both is not None]
     if not ranks.is_first():
         return 0

@@ -25,6 +25,7 @@ from common import ROOT, UserError, log
 from dataset import data_path, list_pairs, to_tensor
 from devices import describe, pick_device
 from evaluate import how_to_restore, open_network, restore, restore_8bit, score_pairs
+from graphs import replaying
 from image_io import read_pair, write_bytes
 from rain import STYLES, RainStyle, render
 from settings import Settings
@@ -96,7 +97,8 @@ def tilt(names: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
         pairs = tilted_pairs(ranks.share(list(enumerate(paths))), STYLES[style], angle, settings.seed)
         curves["rainy input"].append(_mean_psnr([(O, B) for O, B in pairs]))
         for run, network, own, _, _ in opened:
-            derained = [(restore_8bit(network, O, device, *how_to_restore(own))[-1], B) for O, B in pairs]
+            with replaying(network, device):
+                derained = [(restore_8bit(network, O, device, *how_to_restore(own))[-1], B) for O, B in pairs]
             curves[run].append(_mean_psnr(derained))
         log.info(f"{angle:+4d} degrees: " + ", ".join(f"{run} {psnr[-1]:.2f} dB" for run, psnr in curves.items()))
     runs = {

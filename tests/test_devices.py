@@ -44,8 +44,10 @@ def test_the_error_of_a_full_memory_here():
     assert devices.is_out_of_memory(error.value)
 
 
-def test_is_bf16():
-    assert [devices.is_bf16(precision, CPU) for precision in ("auto", "bf16", "float32")] == [False, True, False]
+def test_compute_dtype_on_the_cpu():
+    for training in (True, False):
+        dtypes = [devices.compute_dtype(precision, CPU, training) for precision in ("auto", "bf16", "fp16", "float32")]
+        assert dtypes == [torch.float32, torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -133,23 +133,6 @@ def test_deepcopy_has_filters_of_its_own():
         assert copied(x).std(dim=(2, 3, 4)).max() == 0
 
 
-@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-def test_filters_are_made_once_in_eval_mode_without_gradients(guard, monkeypatch):
-    made = []
-    monkeypatch.setattr(groupy, "_turn", lambda weight, r: made.append(r) or torch.rot90(weight, r, (-2, -1)))
-    layer = make(P4ConvZ2, 2, 2, 3).eval()
-    x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
-    with guard():
-        for _ in range(3):
-            layer(x)
-    assert made == [0, 1, 2, 3]
-    layer(x)  # gradients are on
-    layer.train()
-    with guard():
-        layer(x)
-    assert len(made) == 12
-
-
 def test_gradients_after_an_evaluation():
     layer = make(P4ConvP4, 1, 1, 3)
     x = torch.randn(1, 1, 4, 5, 5, dtype=torch.float64)
