@@ -47,7 +47,7 @@ import studies
 import tables
 from cal_ssim import METRICS
 from checkpoint import Checkpoint
-from common import Interrupt, UserError, in_terminal, log, run_script, set_up_log
+from common import Interrupt, UserError, claim, in_terminal, log, run_script, set_up_log
 from curves import NoCurves, open_curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
 from devices import autocast, describe, is_bf16, is_out_of_memory, pick_device
@@ -55,11 +55,6 @@ from evaluate import NEARLY_INPUT, how_to_restore, open_network, score_pairs
 from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 COMPILE_STEPS = 10000  # left in a run that torch.compile, which takes a minute or more at first, is taken for
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
@@ -371,16 +366,10 @@ class Trainer:
 
     def _claim(self, log_file: logging.FileHandler) -> None:
         """Lock the log as long as this process lives. Raises UserError where another process trains this run."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(log_file.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not claim(log_file.stream):
             raise UserError(
                 f"run {self.settings.run} is in training already, by another process: {self.settings.log_path}"
-            ) from None
-        except OSError:  # a file system without locks
-            log.debug(f"{self.settings.log_path} can't be locked")
+            )
 
     def _log_start(self) -> None:
         settings = self.settings
