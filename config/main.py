@@ -666,6 +666,8 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean",
     )
+    if "tables" in arguments and {"-h", "--help"} & set(arguments):
+        return tables.main(["--help"])
     known, words = parser.parse_known_args(arguments)
     if known.action in ("models", "tables") and (known.preset or known.model):
         raise UserError(f"-a {known.action} takes no -p and no -m")

@@ -3,10 +3,13 @@
     python main.py -a tables                                    # every row and its state
     python main.py -a tables --run dsen_rain800 sdsen_rain800   # trains, tests, writes results/NAME.json
     python main.py -a tables --run all --jobs 4 --minutes 60    # what is missing, four at once, an hour long
+    python main.py -a tables --run all --pack runs.zip          # keeps an archive of the runs current meanwhile
+    python main.py -a tables --pack runs.zip                    # packs every run of a row that there is
+    python main.py -a tables --take runs.zip                    # takes an archive in; --run resumes its runs
     python main.py -a tables --write                            # the README's tables and results/README.md
 
 A row is a preset, a data set, a recipe and a seed. It trains in a run of its own name, which resumes where it was
-stopped. With the paper's recipe the last step's weights are
+stopped, on this machine or, packed and taken in, on another. With the paper's recipe the last step's weights are
 tested, with the others the best ones by validation. Settings that are typed behind (`--device cpu`, `--data_dir DIR`,
 ..) go to all trainings and stand in the result; a row with fewer steps or smaller batches than its recipe says is
 marked by them.
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 import checkpoint as checkpoints
+import packing
 import settings as knobs
 import studies
 from cal_ssim import METRICS
@@ -145,6 +149,15 @@ def find_row(name: str) -> Row:
     )
 
 
+def row_of(run: str) -> Row | None:
+    """The row that a run is named after; None where there is none."""
+    try:
+        row = find_row(run)
+    except UserError:
+        return None
+    return row if row.name == run else None
+
+
 def all_rows() -> list[Row]:
     """The rows of the tables, each once."""
     presets = dict.fromkeys(preset for table in TABLES.values() for preset in table)
@@ -250,13 +263,12 @@ class Job:
         if not latest.is_file():
             return 0
         checkpoint = checkpoints.load(latest)
-        for name in RECIPE:
+        if name := packing.difference(RECIPE, self.settings, checkpoint.settings):
             wanted, found = getattr(self.settings, name), getattr(checkpoint.settings, name, None)
-            if wanted != found:
-                raise UserError(
-                    f"{latest} was begun with {name} {found}, and {self.row.name} has {wanted}: move that run away, or "
-                    f"go on with it by --{name}"
-                )
+            raise UserError(
+                f"{latest} was begun with {name} {found}, and {self.row.name} has {wanted}: move that run away, or "
+                f"go on with it by --{name}"
+            )
         return checkpoint.step
 
     def is_done(self) -> bool:
@@ -268,7 +280,9 @@ class Job:
     def start(self, part: str, environment: dict[str, str]) -> None:
         """`part` is "train" or "test"; all that it prints goes to the run's tables.log."""
         train = part == "train"
-        names = ["run", "data_dir", "steps", *RECIPE, *self.overrides] if train else PLACES
+        # A checkpoint that was packed on another machine must not decide on these.
+        here = ["run", "data_dir", "model_dir", "log_dir", "device"]
+        names = [*here, "steps", *RECIPE, *self.overrides] if train else PLACES
         what = ["-p", self.row.preset] if train else ["-m", f"{self.row.name}/{self.row.tested}"]
         what += _to_words({name: getattr(self.settings, name) for name in names})
         path = self.settings.log_path / "tables.log"
@@ -283,10 +297,13 @@ class Job:
         return lines[-1] if lines else "without a word"
 
 
-def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: float) -> bool:
+def run_rows(
+    rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: float, archive: packing.Archive | None = None
+) -> bool:
     """Train and test what is missing of `rows`, `jobs` at once; whether all have a result now.
 
-    After `minutes` (0: never), on Ctrl-C or SIGTERM, the trainings save and stop; the next call goes on with them.
+    After `minutes` (0: never), on Ctrl-C or SIGTERM, the trainings save and stop; the next call goes on with them. The
+    archive is kept current meanwhile.
     """
     waiting = [job for job in (Job(row, overrides) for row in rows) if not _told_done(job)]
     running: list[Job] = []
@@ -311,6 +328,8 @@ def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: flo
                 job.start("train", environment)
                 running.append(job)
             time.sleep(0.2)
+            if archive:
+                archive.keep_current()
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 if job.process.returncode:
@@ -325,6 +344,9 @@ def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: flo
                 else:
                     job.start("test", environment)
                     running.append(job)
+    if archive:
+        archive.write()
+        log.info(f"{archive.path} holds {', '.join(archive.contents) or 'no run yet'}")
     if waiting:
         log.info(f"not begun: {', '.join(job.row.name for job in waiting)}")
     return not (waiting or missed)
@@ -335,6 +357,41 @@ def _told_done(job: Job) -> bool:
         log.info(f"{job.row.name}: has its result already, {_scores(read_result(job.row.name))}")
         return True
     return False
+
+
+# ---------------------------------------------------------------- packing
+
+
+def find_run(overrides: dict[str, Any]) -> packing.Find:
+    """What gives the run of a row's name, with its folders here."""
+
+    def find(name: str) -> packing.Run | None:
+        row = row_of(name)
+        return row and packing.Run(row.settings(overrides), row.tested == "best", RECIPE)
+
+    return find
+
+
+def open_archive(path: Path, rows: list[Row], overrides: dict[str, Any]) -> packing.Archive:
+    """The archive that the runs of `rows` are packed into. Raises UserError as `packing.Archive` does."""
+    find = find_run(overrides)
+    return packing.Archive(path, [find(row.name) for row in rows], find)
+
+
+def pack(path: Path, overrides: dict[str, Any]) -> None:
+    """Pack every run of a row that lies in model_dir. Raises UserError where there is none."""
+    rows = rows_with_runs(overrides)
+    if not rows:
+        raise UserError(f"{knobs.resolve(overrides=overrides).model_dir} has no run of a row")
+    archive = open_archive(path, rows, overrides)
+    archive.write()
+    log.info(f"{path} holds {', '.join(archive.contents)}")
+
+
+def rows_with_runs(overrides: dict[str, Any]) -> list[Row]:
+    """The rows whose run lies in model_dir."""
+    states = sorted(Path(knobs.resolve(overrides=overrides).model_dir).glob("*/latest.pth"))
+    return [row for path in states if (row := row_of(path.parent.name))]
 
 
 # ---------------------------------------------------------------- showing
@@ -350,10 +407,9 @@ def _scores(result: dict[str, Any]) -> str:
 
 
 def list_rows(overrides: dict[str, Any]) -> None:
-    """Print every row with its state; rows of other recipes where they have a result."""
-    rows = all_rows()
-    others = (find_row(path.stem) for path in sorted(RESULTS.glob("*_*.json")) if not path.stem.startswith("stages_"))
-    rows += [row for row in others if row not in rows]
+    """Print every row with its state; rows of other recipes and seeds where they have a result or a run."""
+    others = [row_of(path.stem) for path in sorted(RESULTS.glob("*.json"))]
+    rows = dict.fromkeys([*all_rows(), *filter(None, others), *rows_with_runs(overrides)])
     log.info(f"{'row':32}{'paper':>16}  state")
     for row in rows:
         result = read_result(row.name)
@@ -485,10 +541,15 @@ def _with_tables(path: Path, in_full: bool) -> str:
 
 def main(words: list[str]) -> int:
     """What `-a tables` does with the rest of the command line; returns the exit status."""
-    parser = Parser(prog="main.py -a tables", description="The rows of the paper's tables: list, run, render them.")
+    parser = Parser(
+        prog="main.py -a tables", description="The rows of the paper's tables: list, run, pack, render them."
+    )
     parser.add_argument("--run", nargs="+", metavar="NAME", help="rows to train and test, or `all`")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=0.0, help="time until all stop; default: no end")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="first take the runs of an archive into model_dir")
+    what = "archive of what runs resume from: those of --run, kept current while they run; without --run, of all"
+    parser.add_argument("--pack", type=Path, metavar="FILE", help=what)
     parser.add_argument("--write", action="store_true", help="write the tables of README.md and results/README.md")
     known, rest = parser.parse_known_args(words)
     if known.jobs < 1 or known.minutes < 0:
@@ -499,10 +560,15 @@ def main(words: list[str]) -> int:
             raise UserError(f"--{name} is the row's own: choose another row")
     status = 0
     rows = all_rows() if known.run == ["all"] else [find_row(name) for name in known.run or ()]
+    if known.take:
+        packing.take(known.take, find_run(overrides))
     if known.run:
-        status = 0 if run_rows(rows, overrides, known.jobs, known.minutes) else 1
+        archive = open_archive(known.pack, rows, overrides) if known.pack else None
+        status = 0 if run_rows(rows, overrides, known.jobs, known.minutes, archive) else 1
+    elif known.pack:
+        pack(known.pack, overrides)
     if known.write:
         write_tables()
-    if not (known.run or known.write):
+    if not (known.run or known.take or known.pack or known.write):
         list_rows(overrides)
     return status

@@ -1,15 +1,18 @@
 """The rows of the paper's tables: their names, their runs, which can be stopped, and what is rendered of them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 import checkpoint as checkpoints
 import main
+import packing
 import tables
 from common import ROOT, UserError
 from presets import PRESETS
@@ -165,16 +168,17 @@ def test_a_failed_training_is_told_and_the_others_go_on(results, places, tmp_pat
 
 
 def start(places, tmp_path, *words):
-    """Two rows at once, in a process whose results go to tmp_path/results."""
+    """Two rows at once, in a process whose results go to tmp_path/results and whose archive is always current."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import main, tables; "
-        "tables.RESULTS = Path(sys.argv[2]); from common import run_script; "
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import main, packing, tables; "
+        "tables.RESULTS = Path(sys.argv[2]); packing.SECONDS = 0; from common import run_script; "
         "sys.argv[1:] = sys.argv[3:]; run_script(main.main)"
     )
     rows = ["-a", "tables", "--run", "cnn_rain800", "dsen_rain800", "--jobs", "2", "--patch_size", "16"]
     more = ["--batch_size", "2", "--save_minutes", "0", *places, *words]
     command = [sys.executable, "-c", code, str(ROOT / "config"), str(tmp_path / "results"), *rows, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **streams, start_new_session=True)
 
 
 @pytest.mark.parametrize("name", ["time", signal.SIGTERM, signal.SIGINT])
@@ -198,6 +202,65 @@ def test_runs_stop_in_time_and_go_on(places, tmp_path, name):
     for row, step in steps.items():
         assert f"{row}: from step {step} to {max(steps.values()) + 2}" in output
         assert json.loads((tmp_path / "results" / f"{row}.json").read_text())["steps"] == max(steps.values()) + 2
+
+
+def packed_steps(archive):
+    find = tables.find_run({})
+    contents = packing.read(archive, find) if archive.is_file() else {}
+    return {name: packing.packed_state(find(name), files, archive).step for name, files in contents.items()}
+
+
+def test_rows_that_were_killed_are_finished_elsewhere_as_if_unbroken(
+    results, places, data_dir, tmp_path, monkeypatch, capsys
+):
+    """SIGKILL in the middle of the steps; the archive goes on in other folders, with the same weights at the end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    archive = tmp_path / "runs.zip"
+    process = start(places, tmp_path, "--pack", archive)
+    end = time.monotonic() + 90
+    while (len(packed_steps(archive)) < 2 or min(packed_steps(archive).values()) < 3) and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    steps = packed_steps(archive)
+    assert steps.keys() == {"cnn_rain800", "dsen_rain800"}
+
+    states = {}
+    last = ["--run", "cnn_rain800", "--steps", steps["cnn_rain800"] + 2]
+    small = ["--batch_size", 2, "--patch_size", 16, "--data_dir", data_dir, "--device", "cpu"]
+    for place in ("elsewhere", "unbroken"):
+        here = ["--model_dir", tmp_path / place / "models", "--log_dir", tmp_path / place / "log", *small]
+        if place == "elsewhere":
+            assert call("--take", archive, *here) == 0
+            capsys.readouterr()
+            call(*here)
+            listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+            for row, step in steps.items():
+                assert listed[row].endswith(f"step {step} of 20000")
+        assert call(*last, *here) == 0
+        states[place] = checkpoints.load(tmp_path / place / "models" / "cnn_rain800" / "latest.pth")
+        (results / "cnn_rain800.json").unlink()
+        assert (tmp_path / place / "log" / "cnn_rain800" / "train.log").is_file()
+    resumed, whole = states["elsewhere"], states["unbroken"]
+    assert resumed.step == whole.step == steps["cnn_rain800"] + 2
+    assert (
+        f"goes on at step {steps['cnn_rain800']} of"
+        in (tmp_path / "elsewhere" / "log" / "cnn_rain800" / "tables.log").read_text()
+    )
+    assert all(torch.equal(resumed.network[name], weight) for name, weight in whole.network.items())
+    moments = [state.optimizer["state"] for state in (resumed, whole)]
+    assert all(torch.equal(moments[0][k][name], value) for k, v in moments[1].items() for name, value in v.items())
+
+
+def test_without_rows_all_runs_are_packed(results, places, tmp_path):
+    archive = tmp_path / "runs.zip"
+    with pytest.raises(UserError):
+        call("--pack", archive, *places)
+    assert call("--run", "cnn_rain800_tiny", *places, "--steps", 1, "--pack", archive) == 0
+    assert packed_steps(archive) == {"cnn_rain800_tiny": 1}
+    other = tmp_path / "other.zip"
+    assert call("--pack", other, *places) == 0
+    assert packed_steps(other) == {"cnn_rain800_tiny": 1}
 
 
 # ---------------------------------------------------------------- rendering
@@ -315,6 +378,13 @@ def test_readme_and_page_hold_what_the_results_say(path, in_full):
     assert text.count(tables.BEGIN) == 1
     between = text.split(tables.BEGIN)[1].split(tables.END)[0]
     assert between == f"\n{tables.markdown(in_full)}\n"
+
+
+def test_help_is_that_of_the_tables(capsys):
+    with pytest.raises(SystemExit) as ended:
+        call("--help")
+    assert not ended.value.code
+    assert {"--run", "--jobs", "--minutes", "--pack", "--take", "--write"} <= set(capsys.readouterr().out.split())
 
 
 def test_validation_curve_takes_the_last_of_a_step():
