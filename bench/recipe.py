@@ -5,7 +5,7 @@
 
 START is a checkpoint of S-DSEN with weights alone (main.py -a export). Every trial is a run try_NAME of main.py that
 goes on where it was stopped. What came of it goes to results/tried.json, and `main.py -a tables --write` shows it in
-the README. Words that are none of the arguments below go to all trainings.
+results/README.md. Words that are none of the arguments below go to all trainings.
 """
 
 import os

@@ -7,6 +7,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]  # paths hang on the repository, not on the caller's working directory
 log = logging.getLogger("sdsen")
@@ -50,6 +56,22 @@ def _speaker() -> str:
     """What lines begin with: "rank N: " in the processes behind the first that torchrun started."""
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return "" if rank == "0" else f"rank {rank}: "
+
+
+def claim(file: IO) -> bool:
+    """Lock an open file until it is closed; False where another process holds it.
+
+    Where there are no locks (Windows, some file systems) nothing is locked, and the file counts as claimed.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        log.debug(f"{file.name} can't be locked")
+    return True
 
 
 class Interrupt:

@@ -48,7 +48,7 @@ import studies
 import tables
 from cal_ssim import METRICS
 from checkpoint import Checkpoint
-from common import Interrupt, UserError, in_terminal, log, run_script, set_up_log
+from common import Interrupt, UserError, claim, in_terminal, log, run_script, set_up_log
 from curves import NoCurves, open_curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
 from devices import autocast, compute_dtype, describe, is_out_of_memory, pick_device
@@ -57,11 +57,6 @@ from graphs import Replay
 from image_io import write_bytes, write_image
 from presets import PRESETS
 from settings import Settings
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 COMPILE_STEPS = 5000  # left in a run from which on torch.compile pays: measured on an H200, bench/NOTES.md
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
@@ -420,16 +415,10 @@ class Trainer:
 
     def _claim(self, log_file: logging.FileHandler) -> None:
         """Lock the log as long as this process lives. Raises UserError where another process trains this run."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(log_file.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not claim(log_file.stream):
             raise UserError(
                 f"run {self.settings.run} is in training already, by another process: {self.settings.log_path}"
-            ) from None
-        except OSError:  # a file system without locks
-            log.debug(f"{self.settings.log_path} can't be locked")
+            )
 
     def _log_start(self) -> None:
         settings = self.settings
@@ -590,7 +579,7 @@ class Trainer:
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
-            names.append("best")
+            names.insert(0, "best")  # first: after a kill behind it, `latest` resumes before this validation
         if not ranks.is_first():
             return
         self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
@@ -750,6 +739,8 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean",
     )
+    if "tables" in arguments and {"-h", "--help"} & set(arguments):
+        return tables.main(["--help"])
     known, words = parser.parse_known_args(arguments)
     if known.action in ("models", "tables") and (known.preset or known.model):
         raise UserError(f"-a {known.action} takes no -p and no -m")

@@ -1,9 +1,10 @@
 """The paper's claims, measured: PSNR by the angle of the rain, and scores and time by the number of stages.
 
     python main.py -a tilt -m cnn_rain800_short cnn_c4da_rain800_short dsen_rain800_short --rain rain800
-    python main.py -a stages -m sdsen_rain800
+    python main.py -a stages -m sdsen_rain800/latest
 
-Both write to results/; `main.py -a tables --write` puts what lies there into the README.
+A run's name alone is its best checkpoint by validation; the rows of the paper's recipe are tested as RUN/latest. Both
+write to results/; `main.py -a tables --write` puts what lies there into README.md and results/README.md.
 """
 
 import json
@@ -170,8 +171,10 @@ def stages(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         {"stage": t, "seconds": seconds[t - 1] if t else 0.0, **dict(zip(METRICS, row.round(4).tolist(), strict=True))}
         for t, row in enumerate(means)
     ]
+    run = settings.run or path.stem
     result = {
-        "run": settings.run or path.stem,
+        "run": run,
+        "model": f"{run}/{path.stem}" if path.parent.name == run else run,  # what -m takes
         "step": step,
         "data": str(Path(settings.data_dir).name),
         "images": len(paths),

@@ -3,11 +3,16 @@
     python main.py -a tables                                    # every row and its state
     python main.py -a tables --run dsen_rain800 sdsen_rain800   # trains, tests, writes results/NAME.json
     python main.py -a tables --run all --jobs 4 --minutes 60    # what is missing, four at once, an hour long
-    python main.py -a tables --write                            # the README's tables, from results/*.json
+    python main.py -a tables --run all --pack runs.zip          # keeps an archive of the runs current meanwhile
+    python main.py -a tables --pack runs.zip                    # packs every run of a row that there is
+    python main.py -a tables --take runs.zip                    # takes an archive in; --run resumes its runs
+    python main.py -a tables --write                            # the README's tables and results/README.md
 
-A row is a preset, a data set, a recipe and a seed. It trains in a run of its own name, which goes on where it was
-stopped. Settings that are typed behind (`--device cpu`, `--data_dir DIR`, ..) go to all trainings and stand in the
-result; a row with fewer steps or smaller batches than its recipe says is marked by them.
+A row is a preset, a data set, a recipe and a seed. It trains in a run of its own name, which resumes where it was
+stopped, on this machine or, packed and taken in, on another. With the paper's recipe the last step's weights are
+tested, with the others the best ones by validation. Settings that are typed behind (`--device cpu`, `--data_dir DIR`,
+..) go to all trainings and stand in the result; a row with fewer steps or smaller batches than its recipe says is
+marked by them.
 """
 
 import csv
@@ -24,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 import checkpoint as checkpoints
+import packing
 import settings as knobs
 import studies
 from cal_ssim import METRICS
@@ -32,7 +38,7 @@ from image_io import write_bytes
 from presets import PRESETS
 from studies import RESULTS
 
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "results" / "README.md"
 DATA = {"rain800": "Zhang800", "rain100h": "Rain100H"}  # folder in data/, name in the paper
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},  # the defaults of settings.py
@@ -105,6 +111,11 @@ class Row(NamedTuple):
         recipe = "" if self.recipe == "paper" else f"_{self.recipe}"
         return f"{self.preset}_{self.data}{recipe}" + (f"_seed{self.seed}" if self.seed else "")
 
+    @property
+    def tested(self) -> str:
+        """The checkpoint that is tested. The paper names no validation, so with its recipe it is the last step's."""
+        return "latest" if self.recipe == "paper" else "best"
+
     def settings(self, overrides: dict[str, Any]) -> knobs.Settings:
         """The settings of the row's training, with what was typed besides."""
         row = {"run": self.name, "data_dir": str(ROOT / "data" / self.data), "seed": self.seed}
@@ -138,6 +149,15 @@ def find_row(name: str) -> Row:
     )
 
 
+def row_of(run: str) -> Row | None:
+    """The row that a run is named after; None where there is none."""
+    try:
+        row = find_row(run)
+    except UserError:
+        return None
+    return row if row.name == run else None
+
+
 def all_rows() -> list[Row]:
     """The rows of the tables, each once."""
     presets = dict.fromkeys(preset for table in TABLES.values() for preset in table)
@@ -169,7 +189,7 @@ def read_result(name: str) -> dict[str, Any] | None:
 def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
     """Collect what the row's training and test left into results/NAME.json."""
     checkpoint = checkpoints.load(settings.model_path / "latest.pth")
-    with open(settings.log_path / "test_best.csv") as file:
+    with open(settings.log_path / f"test_{row.tested}.csv") as file:
         images = list(csv.DictReader(file))
     places = [match[1] for column in images[0] if (match := re.fullmatch(r"psnr_(input|stage_\d+)", column))]
     scores = {
@@ -180,13 +200,14 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
     result = {
         **row._asdict(),
         "steps": checkpoint.step,
+        "tested": row.tested,
         "seconds": round(checkpoint.seconds, 1) or None,  # older checkpoints did not count them
         "device": checkpoint.device,
         "versions": {**checkpoint.versions, "code": code_version()},
         "train_rain": settings.rain or (drawn.read_text().strip() if drawn.is_file() else "as in the data set"),
         "test_images": len(images),
         "test": scores,
-        "validation": validation_curve((settings.log_path / "train.log").read_text()),
+        "validation": validation_curve((settings.log_path / "train.log").read_text(errors="replace")),
         "settings": _portable(settings),
     }
     studies.write_json(RESULTS / f"{row.name}.json", result)
@@ -203,9 +224,14 @@ def _mean(values: Iterator[float]) -> float:
     return round(sum(values) / len(values), 4)
 
 
+def tested_checkpoint(result: dict[str, Any]) -> str:
+    """The checkpoint that a result is of; where it does not say so, the best one by validation."""
+    return result.get("tested", "best")
+
+
 def validation_curve(text: str) -> list[list[float]]:
     """[step, PSNR in dB, SSIM] of a train.log; of a step that was done twice, after a kill, the last."""
-    pattern = r"validation at step (\d+): psnr by stage .*?([\d.]+) dB .*?ssim ([\d.]+)"
+    pattern = r"validation at step (\d+): psnr by stage .*?(\d+\.\d+) dB .*?ssim (\d+\.\d+)"
     found = {int(step): [int(step), float(psnr), float(ssim)] for step, psnr, ssim in re.findall(pattern, text)}
     return [found[step] for step in sorted(found)]
 
@@ -237,24 +263,27 @@ class Job:
         if not latest.is_file():
             return 0
         checkpoint = checkpoints.load(latest)
-        for name in RECIPE:
+        if name := packing.difference(RECIPE, self.settings, checkpoint.settings):
             wanted, found = getattr(self.settings, name), getattr(checkpoint.settings, name, None)
-            if wanted != found:
-                raise UserError(
-                    f"{latest} was begun with {name} {found}, and {self.row.name} has {wanted}: move that run away, or "
-                    f"go on with it by --{name}"
-                )
+            raise UserError(
+                f"{latest} was begun with {name} {found}, and {self.row.name} has {wanted}: move that run away, or "
+                f"go on with it by --{name}"
+            )
         return checkpoint.step
 
     def is_done(self) -> bool:
         result = read_result(self.row.name)
-        return result is not None and result["steps"] >= self.settings.steps
+        if result is None or tested_checkpoint(result) != self.row.tested:
+            return False
+        return result["steps"] >= self.settings.steps
 
     def start(self, part: str, environment: dict[str, str]) -> None:
         """`part` is "train" or "test"; all that it prints goes to the run's tables.log."""
         train = part == "train"
-        names = ["run", "data_dir", "steps", *RECIPE, *self.overrides] if train else PLACES
-        what = ["-p", self.row.preset] if train else ["-m", f"{self.row.name}/best"]
+        # A checkpoint that was packed on another machine must not decide on these.
+        here = ["run", "data_dir", "model_dir", "log_dir", "device"]
+        names = [*here, "steps", *RECIPE, *self.overrides] if train else PLACES
+        what = ["-p", self.row.preset] if train else ["-m", f"{self.row.name}/{self.row.tested}"]
         what += _to_words({name: getattr(self.settings, name) for name in names})
         path = self.settings.log_path / "tables.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,14 +293,17 @@ class Job:
         self.part = part
 
     def last_line(self) -> str:
-        lines = (self.settings.log_path / "tables.log").read_text().splitlines()
+        lines = (self.settings.log_path / "tables.log").read_text(errors="replace").splitlines()
         return lines[-1] if lines else "without a word"
 
 
-def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: float) -> bool:
+def run_rows(
+    rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: float, archive: packing.Archive | None = None
+) -> bool:
     """Train and test what is missing of `rows`, `jobs` at once; whether all have a result now.
 
-    After `minutes` (0: never), on Ctrl-C or SIGTERM, the trainings save and stop; the next call goes on with them.
+    After `minutes` (0: never), on Ctrl-C or SIGTERM, the trainings save and stop; the next call goes on with them. The
+    archive is kept current meanwhile.
     """
     waiting = [job for job in (Job(row, overrides) for row in rows) if not _told_done(job)]
     running: list[Job] = []
@@ -296,6 +328,8 @@ def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: flo
                 job.start("train", environment)
                 running.append(job)
             time.sleep(0.2)
+            if archive:
+                archive.keep_current()
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 if job.process.returncode:
@@ -310,6 +344,9 @@ def run_rows(rows: list[Row], overrides: dict[str, Any], jobs: int, minutes: flo
                 else:
                     job.start("test", environment)
                     running.append(job)
+    if archive:
+        archive.write()
+        log.info(f"{archive.path} holds {', '.join(archive.contents) or 'no run yet'}")
     if waiting:
         log.info(f"not begun: {', '.join(job.row.name for job in waiting)}")
     return not (waiting or missed)
@@ -320,6 +357,41 @@ def _told_done(job: Job) -> bool:
         log.info(f"{job.row.name}: has its result already, {_scores(read_result(job.row.name))}")
         return True
     return False
+
+
+# ---------------------------------------------------------------- packing
+
+
+def find_run(overrides: dict[str, Any]) -> packing.Find:
+    """What gives the run of a row's name, with its folders here."""
+
+    def find(name: str) -> packing.Run | None:
+        row = row_of(name)
+        return row and packing.Run(row.settings(overrides), row.tested == "best", RECIPE)
+
+    return find
+
+
+def open_archive(path: Path, rows: list[Row], overrides: dict[str, Any]) -> packing.Archive:
+    """The archive that the runs of `rows` are packed into. Raises UserError as `packing.Archive` does."""
+    find = find_run(overrides)
+    return packing.Archive(path, [find(row.name) for row in rows], find)
+
+
+def pack(path: Path, overrides: dict[str, Any]) -> None:
+    """Pack every run of a row that lies in model_dir. Raises UserError where there is none."""
+    rows = rows_with_runs(overrides)
+    if not rows:
+        raise UserError(f"{knobs.resolve(overrides=overrides).model_dir} has no run of a row")
+    archive = open_archive(path, rows, overrides)
+    archive.write()
+    log.info(f"{path} holds {', '.join(archive.contents)}")
+
+
+def rows_with_runs(overrides: dict[str, Any]) -> list[Row]:
+    """The rows whose run lies in model_dir."""
+    states = sorted(Path(knobs.resolve(overrides=overrides).model_dir).glob("*/latest.pth"))
+    return [row for path in states if (row := row_of(path.parent.name))]
 
 
 # ---------------------------------------------------------------- showing
@@ -335,10 +407,9 @@ def _scores(result: dict[str, Any]) -> str:
 
 
 def list_rows(overrides: dict[str, Any]) -> None:
-    """Print every row with its state; rows of other recipes where they have a result."""
-    rows = all_rows()
-    others = (find_row(path.stem) for path in sorted(RESULTS.glob("*_*.json")) if not path.stem.startswith("stages_"))
-    rows += [row for row in others if row not in rows]
+    """Print every row with its state; rows of other recipes and seeds where they have a result or a run."""
+    others = [row_of(path.stem) for path in sorted(RESULTS.glob("*.json"))]
+    rows = dict.fromkeys([*all_rows(), *filter(None, others), *rows_with_runs(overrides)])
     log.info(f"{'row':32}{'paper':>16}  state")
     for row in rows:
         result = read_result(row.name)
@@ -356,33 +427,46 @@ def _state(job: Job) -> str:
         return str(error)
 
 
-def markdown() -> str:
-    """The paper's tables with what results there are, as the README shows them."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def markdown(in_full: bool = True) -> str:
+    """The paper's tables with what results there are: all, as results/README.md shows them, or the README's choice."""
+    found: dict[Row, list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = read_result(path.stem)
         if "preset" in result:
-            found.setdefault((result["preset"], result["data"]), []).append(result)
-    text = []
-    for title, presets in TABLES.items():
-        text += [
-            f"**{title}**\n",
-            "| row | data | PSNR | SSIM | in the paper | steps x crops | tested on | trained on | run |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for preset in presets:
-            name = PRESETS[preset].row.split(",")[0]
-            for data, data_name in DATA.items():
-                row = Row(preset, data)
-                start = [name, data_name]
-                for result in found.get((preset, data), []):
-                    text.append("| " + " | ".join([*start, *_cells(result, row.paper)]) + " |")
-                if (preset, data) not in found:
-                    text.append(
-                        "| " + " | ".join([*start, "no run yet", "", row.paper, "", "", "", f"`{row.name}`"]) + " |"
-                    )
-        text.append("")
-    return "\n".join([*text, *_tried(), *_studies()])
+            found.setdefault(Row(result["preset"], result["data"]), []).append(result)
+    text = [line for title, presets in TABLES.items() for line in _table(title, presets, found, in_full)]
+    return "\n".join([*text, *(_tried() if in_full else ()), *_studies()])
+
+
+def _table(
+    title: str, presets: tuple[str, ...], found: dict[Row, list[dict[str, Any]]], in_full: bool
+) -> Iterator[str]:
+    """The lines of a table; none where it would be empty."""
+    lines = []
+    for row in (Row(preset, data) for preset in presets for data in DATA):
+        results = found.get(row, [])
+        if not in_full:  # shorter runs only where there is no full one
+            results = [result for result in results if is_full(result)] or results
+        cells = [_cells(result, row.paper) for result in results]
+        if in_full and not results:
+            cells = [["no run yet", "", row.paper, "", "", "", f"`{row.name}`"]]
+        start = [PRESETS[row.preset].row.split(",")[0], DATA[row.data]]
+        lines += ["| " + " | ".join([*start, *line]) + " |" for line in cells]
+    if lines:
+        yield f"**{title}**\n"
+        yield "| row | data | PSNR | SSIM | in the paper | steps x crops | tested on | trained on | run |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        yield from lines
+        yield ""
+
+
+def is_full(result: dict[str, Any]) -> bool:
+    """Whether a result reproduces a row of the paper: all steps and crops, its recipe, the last step's weights."""
+    row, settings = Row(result["preset"], result["data"], seed=result["seed"]), result["settings"]
+    whole = row.settings({})
+    if result["steps"] < whole.steps or tested_checkpoint(result) != row.tested:
+        return False
+    return all(settings[name] == _listed(getattr(whole, name)) for name in RECIPE)
 
 
 def _studies() -> Iterator[str]:
@@ -398,10 +482,10 @@ def _studies() -> Iterator[str]:
     for path in sorted(RESULTS.glob("stages_*.json")):
         result = read_result(path.stem)
         yield (
-            f"**By stage**: `{result['run']}` after {result['step']} steps, {result['images']} images of "
+            f"**By stage**: `{result['model']}` after {result['step']} steps, {result['images']} images of "
             f"{result['data']}, on {result['device']}\n\n"
             f"{studies.stages_markdown(result)}\n\n"
-            f"`python config/main.py -a stages -m {result['run']}`\n"
+            f"`python config/main.py -a stages -m {result['model']}`\n"
         )
 
 
@@ -421,11 +505,9 @@ def _tried() -> Iterator[str]:
 
 def _cells(result: dict[str, Any], paper: str) -> list[str]:
     settings, scores = result["settings"], last_stage(result)
-    row = Row(result["preset"], result["data"], seed=result["seed"])  # as the paper has it
-    name = row._replace(recipe=result["recipe"]).name
+    name = Row(result["preset"], result["data"], result["recipe"], result["seed"]).name
     steps = f"{result['steps']} x {settings['batch_size']}"
-    whole = row.settings({})
-    if result["steps"] < whole.steps or any(settings[name] != _listed(getattr(whole, name)) for name in RECIPE):
+    if not is_full(result):
         steps = f"*{steps}: no reproduction*"
     images = f"{result['test_images']} images"
     return [f"{scores['psnr']:.2f}", f"{scores['ssim']:.4f}", paper, steps, images, result["train_rain"], f"`{name}`"]
@@ -439,24 +521,36 @@ def _listed(value: Any) -> Any:
 BEGIN, END = "<!-- tables: made by `python config/main.py -a tables --write` -->\n", "<!-- end of tables -->"
 
 
-def write_readme() -> None:
-    """Put the tables between the two marks in the README. Raises UserError where these are missing."""
-    text = README.read_text()
+def write_tables() -> None:
+    """Put the tables between the marks in README and page. Raises UserError where one of these has none."""
+    texts = {path: _with_tables(path, in_full) for path, in_full in ((README, False), (PAGE, True))}
+    for path, text in texts.items():
+        write_bytes(path, text.encode())
+        log.info(f"the tables in {path} are those of {RESULTS}")
+
+
+def _with_tables(path: Path, in_full: bool) -> str:
+    """The text of a file with the tables between its marks."""
+    text = path.read_text() if path.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{README} has not exactly one {BEGIN.strip()!r} with {END!r} behind it: nothing was changed")
+        raise UserError(f"{path} has not exactly one {BEGIN.strip()!r} with {END!r} behind it: nothing was changed")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    write_bytes(README, f"{before}{BEGIN}\n{markdown()}\n{END}{after}".encode())
-    log.info(f"the tables in {README} are those of {RESULTS}")
+    return f"{before}{BEGIN}\n{markdown(in_full)}\n{END}{after}"
 
 
 def main(words: list[str]) -> int:
     """What `-a tables` does with the rest of the command line; returns the exit status."""
-    parser = Parser(prog="main.py -a tables", description="The rows of the paper's tables: list, run, render them.")
+    parser = Parser(
+        prog="main.py -a tables", description="The rows of the paper's tables: list, run, pack, render them."
+    )
     parser.add_argument("--run", nargs="+", metavar="NAME", help="rows to train and test, or `all`")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=0.0, help="time until all stop; default: no end")
-    parser.add_argument("--write", action="store_true", help="write the README's tables from results/*.json")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="first take the runs of an archive into model_dir")
+    what = "archive of what runs resume from: those of --run, kept current while they run; without --run, of all"
+    parser.add_argument("--pack", type=Path, metavar="FILE", help=what)
+    parser.add_argument("--write", action="store_true", help="write the tables of README.md and results/README.md")
     known, rest = parser.parse_known_args(words)
     if known.jobs < 1 or known.minutes < 0:
         raise UserError(f"--jobs must be at least 1 and --minutes at least 0, got {known.jobs} and {known.minutes:g}")
@@ -465,11 +559,16 @@ def main(words: list[str]) -> int:
         if name in ("run", "seed", *knobs.NETWORK):
             raise UserError(f"--{name} is the row's own: choose another row")
     status = 0
+    rows = all_rows() if known.run == ["all"] else [find_row(name) for name in known.run or ()]
+    if known.take:
+        packing.take(known.take, find_run(overrides))
     if known.run:
-        rows = all_rows() if known.run == ["all"] else [find_row(name) for name in known.run]
-        status = 0 if run_rows(rows, overrides, known.jobs, known.minutes) else 1
+        archive = open_archive(known.pack, rows, overrides) if known.pack else None
+        status = 0 if run_rows(rows, overrides, known.jobs, known.minutes, archive) else 1
+    elif known.pack:
+        pack(known.pack, overrides)
     if known.write:
-        write_readme()
-    if not known.run and not known.write:
+        write_tables()
+    if not (known.run or known.take or known.pack or known.write):
         list_rows(overrides)
     return status

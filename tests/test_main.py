@@ -217,6 +217,13 @@ def test_curves_log_and_files(places, tmp_path):
     assert names == {"latest", "best", "step_2", "step_4"}
 
 
+def test_the_best_checkpoint_is_written_before_the_state_that_knows_its_score(places, monkeypatch):
+    saved = []
+    monkeypatch.setattr(checkpoints, "save", lambda path, state: saved.append(path.stem))
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    assert saved == ["best", "latest", "step_1"]
+
+
 def test_validation_scores_are_those_of_test(places, tmp_path, capsys):
     """The same images through validation and `-a test` have the same score."""
     shutil.rmtree(tmp_path / "data" / "test")

@@ -105,6 +105,7 @@ def test_stages_are_scored_and_timed(places, tmp_path):
     result = json.loads((tmp_path / "results" / "stages_b.json").read_text())
     assert [row["stage"] for row in result["stages"]] == [0, 1, 2]
     assert (result["images"], result["step"], result["size"]) == (4, 7, "481x321")
+    assert (result["run"], result["model"]) == ("b", "b/best")
     assert 0 < result["stages"][1]["seconds"] < result["stages"][2]["seconds"]
     main.main(["-a", "test", "-m", "b", "--log_dir", str(tmp_path / "log"), *places])
     text = (tmp_path / "log" / "b" / "test_best.csv").read_text().splitlines()
@@ -128,11 +129,12 @@ def test_wrong_calls(places, words, message):
         main.main([*words, *places])
 
 
-def test_the_readme_takes_tilt_and_stages_too(places, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_full", [True, False])
+def test_readme_and_page_take_tilt_and_stages_too(places, tmp_path, monkeypatch, in_full):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     main.main(["-a", "tilt", "-m", "a", *places])
     main.main(["-a", "stages", "-m", "a", *places])
-    text = tables.markdown()
+    text = tables.markdown(in_full)
     for part in ("tilt", "stages_a"):
         result = json.loads((tmp_path / "results" / f"{part}.json").read_text())
         table = studies.tilt_markdown(result) if part == "tilt" else studies.stages_markdown(result)

@@ -1,15 +1,18 @@
 """The rows of the paper's tables: their names, their runs, which can be stopped, and what is rendered of them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 import checkpoint as checkpoints
 import main
+import packing
 import tables
 from common import ROOT, UserError
 from presets import PRESETS
@@ -86,6 +89,7 @@ def test_a_row_is_trained_tested_and_written_once(results, places, tmp_path, cap
     assert result["device"].startswith("cpu, ")
     assert result["train_rain"] == "as in the data set"
     assert set(result["settings"]) == set(FIELDS)
+    assert result["tested"] == "best"
     assert str(tmp_path) not in json.dumps(result)  # where things lie is nobody else's business
     assert result["settings"]["model_dir"] == "models"
     assert list(result["test"]) == ["input", "stage_1"]
@@ -102,6 +106,22 @@ def test_a_row_is_trained_tested_and_written_once(results, places, tmp_path, cap
     assert "has its result already" in capsys.readouterr().out
     assert call("--run", "cnn_rain800_tiny", "--steps", 5, *places) == 0  # more steps are missing
     assert json.loads((results / "cnn_rain800_tiny.json").read_text())["steps"] == 5
+
+
+def test_a_row_of_the_papers_recipe_tests_the_last_step(results, places, tmp_path):
+    """The best checkpoint is made another one here, which would have other scores."""
+    small = ["--steps", 2, "--batch_size", 2, "--patch_size", 16]
+    assert call("--run", "cnn_rain800", *places, *small) == 0
+    result = json.loads((results / "cnn_rain800.json").read_text())
+    assert result["tested"] == "latest"
+    assert [path.name for path in (tmp_path / "log" / "cnn_rain800").glob("*.csv")] == ["test_latest.csv"]
+    (results / "cnn_rain800.json").write_text(json.dumps({**result, "tested": "best"}))
+    best = tmp_path / "models" / "cnn_rain800" / "best.pth"
+    state = checkpoints.load(best)
+    state.network = {name: 0 * weight for name, weight in state.network.items()}
+    checkpoints.save(best, state)
+    assert call("--run", "cnn_rain800", *places, *small) == 0  # a result of the best one is none of this row
+    assert json.loads((results / "cnn_rain800.json").read_text()) == result
 
 
 def test_rows_are_listed_with_their_state(results, places, capsys):
@@ -148,16 +168,17 @@ def test_a_failed_training_is_told_and_the_others_go_on(results, places, tmp_pat
 
 
 def start(places, tmp_path, *words):
-    """Two rows at once, in a process whose results go to tmp_path/results."""
+    """Two rows at once, in a process whose results go to tmp_path/results and whose archive is always current."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import main, tables; "
-        "tables.RESULTS = Path(sys.argv[2]); from common import run_script; "
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import main, packing, tables; "
+        "tables.RESULTS = Path(sys.argv[2]); packing.SECONDS = 0; from common import run_script; "
         "sys.argv[1:] = sys.argv[3:]; run_script(main.main)"
     )
     rows = ["-a", "tables", "--run", "cnn_rain800", "dsen_rain800", "--jobs", "2", "--patch_size", "16"]
     more = ["--batch_size", "2", "--save_minutes", "0", *places, *words]
     command = [sys.executable, "-c", code, str(ROOT / "config"), str(tmp_path / "results"), *rows, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **streams, start_new_session=True)
 
 
 @pytest.mark.parametrize("name", ["time", signal.SIGTERM, signal.SIGINT])
@@ -183,6 +204,65 @@ def test_runs_stop_in_time_and_go_on(places, tmp_path, name):
         assert json.loads((tmp_path / "results" / f"{row}.json").read_text())["steps"] == max(steps.values()) + 2
 
 
+def packed_steps(archive):
+    find = tables.find_run({})
+    contents = packing.read(archive, find) if archive.is_file() else {}
+    return {name: packing.packed_state(find(name), files, archive).step for name, files in contents.items()}
+
+
+def test_rows_that_were_killed_are_finished_elsewhere_as_if_unbroken(
+    results, places, data_dir, tmp_path, monkeypatch, capsys
+):
+    """SIGKILL in the middle of the steps; the archive goes on in other folders, with the same weights at the end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    archive = tmp_path / "runs.zip"
+    process = start(places, tmp_path, "--pack", archive)
+    end = time.monotonic() + 90
+    while (len(packed_steps(archive)) < 2 or min(packed_steps(archive).values()) < 3) and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    steps = packed_steps(archive)
+    assert steps.keys() == {"cnn_rain800", "dsen_rain800"}
+
+    states = {}
+    last = ["--run", "cnn_rain800", "--steps", steps["cnn_rain800"] + 2]
+    small = ["--batch_size", 2, "--patch_size", 16, "--data_dir", data_dir, "--device", "cpu"]
+    for place in ("elsewhere", "unbroken"):
+        here = ["--model_dir", tmp_path / place / "models", "--log_dir", tmp_path / place / "log", *small]
+        if place == "elsewhere":
+            assert call("--take", archive, *here) == 0
+            capsys.readouterr()
+            call(*here)
+            listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+            for row, step in steps.items():
+                assert listed[row].endswith(f"step {step} of 20000")
+        assert call(*last, *here) == 0
+        states[place] = checkpoints.load(tmp_path / place / "models" / "cnn_rain800" / "latest.pth")
+        (results / "cnn_rain800.json").unlink()
+        assert (tmp_path / place / "log" / "cnn_rain800" / "train.log").is_file()
+    resumed, whole = states["elsewhere"], states["unbroken"]
+    assert resumed.step == whole.step == steps["cnn_rain800"] + 2
+    assert (
+        f"goes on at step {steps['cnn_rain800']} of"
+        in (tmp_path / "elsewhere" / "log" / "cnn_rain800" / "tables.log").read_text()
+    )
+    assert all(torch.equal(resumed.network[name], weight) for name, weight in whole.network.items())
+    moments = [state.optimizer["state"] for state in (resumed, whole)]
+    assert all(torch.equal(moments[0][k][name], value) for k, v in moments[1].items() for name, value in v.items())
+
+
+def test_without_rows_all_runs_are_packed(results, places, tmp_path):
+    archive = tmp_path / "runs.zip"
+    with pytest.raises(UserError):
+        call("--pack", archive, *places)
+    assert call("--run", "cnn_rain800_tiny", *places, "--steps", 1, "--pack", archive) == 0
+    assert packed_steps(archive) == {"cnn_rain800_tiny": 1}
+    other = tmp_path / "other.zip"
+    assert call("--pack", other, *places) == 0
+    assert packed_steps(other) == {"cnn_rain800_tiny": 1}
+
+
 # ---------------------------------------------------------------- rendering
 
 
@@ -193,7 +273,13 @@ def make_result(row, **changes):
     scores = {
         f"stage_{t}": {"psnr": 20.0 + t, "ssim": 0.8, "psnr_y": 22.0, "ssim_y": 0.9} for t in range(1, stages + 1)
     }
-    values = {"steps": 20000, "test": scores, "test_images": 100, "train_rain": "as in the data set"}
+    values = {
+        "steps": 20000,
+        "tested": row.tested,
+        "test": scores,
+        "test_images": 100,
+        "train_rain": "as in the data set",
+    }
     return {**row._asdict(), **values, "settings": settings, **changes}
 
 
@@ -211,6 +297,7 @@ def test_only_a_full_run_of_the_papers_recipe_stands_as_one(results):
     write(results, Row("sdsen", "rain800"), steps=4000)
     write(results, Row("cnn", "rain800"), settings={"batch_size": 8})
     write(results, Row("cnn", "rain100h", "short"), steps=2000, settings={"batch_size": 8, "steps": 2000})
+    write(results, Row("mcnn", "rain800"), tested="best")
     text = tables.markdown()
     (cells, again, *_) = rows_of(text, "dsen_rain800")  # in several tables
     assert cells == again
@@ -223,37 +310,84 @@ def test_only_a_full_run_of_the_papers_recipe_stands_as_one(results):
     ]
     assert rows_of(text, "cnn_rain800")[0][5] == "*20000 x 8: no reproduction*"
     assert rows_of(text, "cnn_rain100h_short")[0][5] == "*2000 x 8: no reproduction*"
+    assert rows_of(text, "mcnn_rain800")[0][5] == "*20000 x 64: no reproduction*"
     assert rows_of(text, "mcnn_rain100h") == [
         ["MCNN", "Rain100H", "no run yet", "", "23.70 / 0.7226", "", "", "", "`mcnn_rain100h`"]
     ]
 
 
-def test_the_readme_changes_between_its_marks_alone(results, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}old\n{tables.END}after\n")
-    monkeypatch.setattr(tables, "README", readme)
+def test_the_readme_has_full_runs_and_shorter_ones_only_in_their_place(results):
+    short = {"steps": 2000, "settings": {"batch_size": 8, "steps": 2000}}
     write(results, Row("dsen", "rain800"))
+    write(results, Row("dsen", "rain800", seed=1))
+    write(results, Row("dsen", "rain800", "short"), **short)
+    write(results, Row("cnn", "rain800"), steps=4000)
+    write(results, Row("cnn", "rain800", "short"), **short)
+    readme, page = tables.markdown(in_full=False), tables.markdown(in_full=True)
+    there = {"dsen_rain800", "dsen_rain800_seed1", "cnn_rain800", "cnn_rain800_short"}
+    for name in (*there, "dsen_rain800_short", "mcnn_rain800", "cnn_rain100h"):
+        assert bool(rows_of(readme, name)) == (name in there)
+        assert rows_of(page, name)
+    for row in tables.all_rows():
+        assert rows_of(page, row.name)
+    assert [title for title in tables.TABLES if f"**{title}**" in readme] == [
+        "Table 1", "Table 2", "Table 4", "Other networks"
+    ]  # fmt: skip
+    assert all(f"**{title}**" in page for title in tables.TABLES)
+
+
+@pytest.fixture
+def pages(results, tmp_path, monkeypatch):
+    """A README and a page of results with old tables between their marks."""
+    texts = {"README": tmp_path / "README.md", "PAGE": tmp_path / "page.md"}
+    for name, path in texts.items():
+        path.write_text(f"before {name}\n{tables.BEGIN}old\n{tables.END}after {name}\n")
+        monkeypatch.setattr(tables, name, path)
+    write(results, Row("dsen", "rain800"))
+    return texts
+
+
+def test_readme_and_page_change_between_their_marks_alone(pages):
     assert call("--write") == 0
-    text = readme.read_text()
-    assert text.startswith("before\n" + tables.BEGIN)
-    assert text.endswith(tables.END + "after\n")
-    assert tables.markdown() in text
-    assert "old" not in text
+    texts = {name: path.read_text() for name, path in pages.items()}
+    for name, text in texts.items():
+        assert text.startswith(f"before {name}\n{tables.BEGIN}")
+        assert text.endswith(f"{tables.END}after {name}\n")
+        assert tables.markdown(in_full=name == "PAGE") in text
+        assert "old" not in text
     assert call("--write") == 0
-    assert readme.read_text() == text
-    readme.write_text("no marks")
-    with pytest.raises(UserError, match="nothing was changed"):
+    assert {name: path.read_text() for name, path in pages.items()} == texts
+
+
+@pytest.mark.parametrize("name", ["README", "PAGE"])
+@pytest.mark.parametrize("spoilt", ["no marks", None])
+def test_without_marks_nothing_is_written(pages, name, spoilt):
+    if spoilt:
+        pages[name].write_text(spoilt)
+    else:
+        pages[name].unlink()
+    before = {path: path.read_text() for path in pages.values() if path.is_file()}
+    with pytest.raises(UserError):
         call("--write")
-    assert readme.read_text() == "no marks"
+    assert {path: path.read_text() for path in pages.values() if path.is_file()} == before
 
 
-def test_the_readme_holds_what_the_results_say():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(("path", "in_full"), [("README.md", False), ("results/README.md", True)])
+def test_readme_and_page_hold_what_the_results_say(path, in_full):
+    text = (ROOT / path).read_text()
     assert text.count(tables.BEGIN) == 1
-    assert tables.markdown() in text
+    between = text.split(tables.BEGIN)[1].split(tables.END)[0]
+    assert between == f"\n{tables.markdown(in_full)}\n"
 
 
-def testvalidation_curve_takes_the_last_of_a_step():
+def test_help_is_that_of_the_tables(capsys):
+    with pytest.raises(SystemExit) as ended:
+        call("--help")
+    assert not ended.value.code
+    assert {"--run", "--jobs", "--minutes", "--pack", "--take", "--write"} <= set(capsys.readouterr().out.split())
+
+
+def test_validation_curve_takes_the_last_of_a_step():
     line = "2026 validation at step {}: psnr by stage {} dB (input 20.00), ssim {}, 3.0 s"
     text = "\n".join(
         line.format(*values) for values in ((500, "20.00, 21.50", 0.7), (1000, "22.25", 0.75), (500, "21.00", 0.71))
