@@ -54,7 +54,7 @@ from settings import Settings
 SIDES = ("reference", "product")
 KINDS = ("inference", "images", "training")
 SECTIONS = (*KINDS, "startup", "data", "variants")
-ON_CPU = ("inference", "training", "startup", "data")  # measured there unless others are named
+DEFAULT_SECTIONS = {"cpu": ("inference", "training", "startup", "data"), "cuda": SECTIONS}
 PRESET = "sdsen"
 IMAGE = (321, 481)  # height, width: a BSD photograph, as beneath the paper's data sets
 IMAGES = 16  # at once
@@ -227,8 +227,17 @@ VARIANTS: dict[str, Numbers] = {
     "reference, TF32": {"side": "reference", "tf32": True},
     "reference, bf16": {"side": "reference", "precision": "bf16"},
 }
-ON_GPU = ("bf16, cudnn.benchmark", "bf16, Adam not fused", "reference, TF32")  # variants that mean nothing on a CPU
-ON_CPU = ("float32, without winograd.cpp",)  # nor on a GPU
+ONLY_ON = {  # the device that a variant is for, where it is not for both
+    "float32, without winograd.cpp": "cpu",
+    "bf16, cudnn.benchmark": "cuda",
+    "bf16, Adam not fused": "cuda",
+    "reference, TF32": "cuda",
+}
+
+
+def variants_for(device: torch.device) -> list[str]:
+    """The names of the variants that mean something on a device."""
+    return [name for name in VARIANTS if ONLY_ON.get(name, device.type) == device.type]
 
 
 def make_variant(name: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Callable:
@@ -503,6 +512,11 @@ def data_rows(numbers: Numbers) -> list[list[str]]:
 # ---------------------------------------------------------------- the command
 
 
+def sections_for(device: torch.device, named: Sequence[str] | None) -> tuple[str, ...]:
+    """The sections to measure: those that are named, or the device's own."""
+    return tuple(named or DEFAULT_SECTIONS[device.type])
+
+
 def bench(device: torch.device, sections: tuple[str, ...], repeats: int | None) -> Numbers:
     """Measure and print the sections in turn; returns all numbers."""
     settings = knobs.resolve(PRESET, {"batch_size": BATCH[device.type], "patch_size": PATCH})
@@ -538,8 +552,8 @@ def bench(device: torch.device, sections: tuple[str, ...], repeats: int | None) 
         title = f"{crops}, ms (share of a step)"
         print("\n" + table(title, ["making them", "waiting for them"], data_rows(numbers)), flush=True)
     if "variants" in sections:
-        names = [name for name in VARIANTS if name not in (ON_CPU if device.type == "cuda" else ON_GPU)]
-        numbers = result["variants"] = measure_variants(settings, device, size_of("training", device), repeats, names)
+        size = size_of("training", device)
+        numbers = result["variants"] = measure_variants(settings, device, size, repeats, variants_for(device))
         columns = ["s a step", "times faster", "preparation, s", "memory added, MiB"]
         print("\n" + table(f"training step: {crops}", columns, variant_rows(numbers)), flush=True)
     return result
@@ -562,8 +576,7 @@ def main(arguments: list[str]) -> None:
         name, kind = known.peak
         print(json.dumps(peak_memory(name, kind, knobs.resolve(PRESET), device, size_of(kind, device))))
         return
-    sections = known.only or (SECTIONS if device.type == "cuda" else ON_CPU)
-    numbers = bench(device, tuple(sections), known.repeats)
+    numbers = bench(device, sections_for(device, known.only), known.repeats)
     if known.json:
         write_bytes(known.json, json.dumps(numbers, indent=2).encode())
 

@@ -88,6 +88,19 @@ def test_traffic_of_sdsen():
     assert bench.traffic_per_pixel(model.build("sdsen")) == 8 * 4 * planes
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_sections_are_those_of_the_device_or_those_named(kind):
+    device = torch.device(kind)
+    assert {"inference", "training", "data"} <= set(bench.sections_for(device, None)) <= set(bench.SECTIONS)
+    assert bench.sections_for(device, ["variants"]) == ("variants",)
+
+
+def test_variants_are_those_of_the_device():
+    on_cpu, on_gpu = (set(bench.variants_for(torch.device(kind))) for kind in ("cpu", "cuda"))
+    assert on_cpu | on_gpu == set(bench.VARIANTS)
+    assert on_cpu ^ on_gpu == set(bench.ONLY_ON)
+
+
 def test_runs_are_repeated_in_turn():
     calls = []
     runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
@@ -111,7 +124,7 @@ def test_share_of_waiting_for_crops():
     assert f"({numbers['stored pairs']['waiting_share']:.2%})" in lines[1]
 
 
-@pytest.mark.parametrize("name", sorted(bench.VARIANTS.keys() - {*bench.ON_GPU, "bf16, torch.compile"}))
+@pytest.mark.parametrize("name", sorted({*bench.variants_for(CPU)} - {"bf16, torch.compile"}))
 def test_every_variant_does_the_same_step(name):
     settings = resolve("sdsen_s2", {"batch_size": 4, "patch_size": 16})
     losses = [bench.make_variant(variant, settings, CPU, (4, 16))() for variant in ("reference, float32", name)]
