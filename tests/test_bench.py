@@ -1,8 +1,10 @@
 """The yardstick: the plain reference is the published code, the product agrees with it, and the bench measures both."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -310,8 +312,17 @@ def test_targets_with_and_without_numbers():
     assert set(cells({})) == {report.MISSING}
 
 
-def test_gpu_script_parses():
-    assert subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"]).returncode == 0
+def test_gpu_script_goes_on_where_every_part_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$1" in *report.py) exec {sys.executable} "$@" ;; *) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    command = ["bash", ROOT / "bench" / "gpu.sh", "cpu", python]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("| ") and "| - |" in line for line in lines) == len(report.TARGETS)
+    assert (tmp_path / "gpu.log").read_text() == done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--repeats", "0"], ["--device", "tpu"], ["--what"]])
