@@ -116,7 +116,7 @@ def test_runs_are_repeated_in_turn():
     assert len(timing.alternate(runs, CPU, None, 60)["a"]) == timing.MOST
 
 
-def test_first_call_on_a_gpu_counts_the_tensors_of_its_peak():
+def test_first_call_on_cuda_counts_the_tensors_of_its_peak():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     device, kept = torch.device("cuda"), []
