@@ -1,17 +1,19 @@
 """Times the product against the plain published forward (reference.py), in one process, alternately.
 
-    python bench/bench.py                        # everything but the variants, on the CPU, some minutes
+    python bench/bench.py                        # the CPU's sections, some minutes
     python bench/bench.py --only inference
     python bench/bench.py --only variants        # bf16, torch.compile, parts, checkpointing, one beside the other
-    python bench/bench.py --device cuda --json numbers.json
+    python bench/bench.py --device cuda --only steps convolutions --json numbers.json
 
-The product computes in its device's default precision: float32 on the CPU, bf16 on a CUDA GPU. The reference computes
-in float32, on a GPU without TF32.
+The product computes in its device's default precision: float32 on the CPU, 16 bits on a CUDA GPU. The reference
+computes in float32, on a GPU without TF32.
 
 FLOPs are nominal: those of the plain algorithm, two for each of `Network.macs_per_pixel`, and a training step counts as
 three forwards. The product does fewer multiplications, so its share of the limit may exceed 100 %. The limits are
-measured in the same run: the best rates of a large float32 matrix product and of a large copy. Peak memory is measured
-in a fresh process for each side and kind, and is what one run adds to the interpreter with its imports and network.
+measured in the same run: the best rates of a large float32 matrix product and of a large copy. Peak memory is what a
+first call adds; on a CPU each is measured in a fresh process.
+
+A section that fails does not stop the others; the exit status is 1 then.
 """
 
 import argparse
@@ -20,12 +22,13 @@ import math
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,32 +40,77 @@ import numpy as np
 import torch
 
 import checkpoint as checkpoints
+import convolutions
 import evaluate
 import model
 import native
 import reference
+import report
 import settings as knobs
 from checkpoint import Checkpoint
 from common import ROOT, Parser, UserError, run_script
 from dataset import CropDataset, training_batches
 from devices import autocast, pick_device
-from image_io import write_bytes, write_image
+from image_io import write_image
 from main import make_optimizer, train_step
 from rain import STYLES, add_rain
 from settings import Settings
+from timing import LEAST, Numbers, alternate, first_call, summary
 
 SIDES = ("reference", "product")
 KINDS = ("inference", "images", "training")
-SECTIONS = (*KINDS, "startup", "data", "variants")
-ON_CPU = ("inference", "training", "startup", "data")  # measured there unless others are named
 PRESET = "sdsen"
-IMAGE = (321, 481)  # height, width: a BSD photograph, as beneath the paper's data sets
-IMAGES = 16  # at once
-BATCH, PATCH = {"cpu": 8, "cuda": 64}, 64
-BUDGET = 35.0  # seconds for the repeats of a kind, beside the warm-up
-LEAST, MOST = 3, 30  # repeats, where none are asked for
+STEP_PRESETS = ("sdsen", "sdsen_s2", "dsen", "cnn")
 
-Numbers = dict[str, Any]
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and for how long; the defaults are the paper's crops and a BSD photograph."""
+
+    image: tuple[int, int] = (321, 481)  # height, width
+    images: int = 16  # at once
+    batch: int = 64
+    patch: int = 64
+    matrix: int = 8192  # side of the limits' matrices
+    megabytes: int = 1024  # of the limits' copy
+    budget: float = 4.0  # seconds for the repeats of a kind, beside the warm-up
+
+    def of(self, kind: str) -> tuple[int, ...]:
+        """What a kind is measured on: (H, W), (N, H, W), or crops (N, patch)."""
+        crops = (self.batch, self.patch)
+        return {"inference": self.image, "images": (self.images, *self.image), "training": crops}[kind]
+
+
+SIZES = {
+    "cuda": Sizes(),
+    "cpu": Sizes(batch=8, matrix=2048, megabytes=256, budget=35.0),
+    "rehearsal": Sizes((24, 36), 2, 2, 16, 256, 16, 0.0),
+}
+
+
+@dataclass
+class Job:
+    """A call of the bench; `failed` names what did not work."""
+
+    device: torch.device
+    sizes: Sizes
+    repeats: int | None = None
+    limits: Numbers = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def settings(self, preset: str = PRESET) -> Settings:
+        return knobs.resolve(preset, {"batch_size": self.sizes.batch, "patch_size": self.sizes.patch})
+
+    def crops(self) -> str:
+        return f"{self.sizes.batch} crops of {self.sizes.patch}x{self.sizes.patch}"
+
+    def attempt(self, what: str, measure: Callable) -> Any:
+        """What `measure()` returns; None where it fails, which is printed and noted, so that the rest goes on."""
+        try:
+            return measure()
+        except Exception as error:
+            print(f"{what}: {error}" if isinstance(error, UserError) else f"{what}:\n{traceback.format_exc()}")
+            self.failed.append(what)
 
 
 # ---------------------------------------------------------------- what is run
@@ -101,7 +149,8 @@ def make_training(
 ) -> Callable:
     """A function that does one step of Adam, always on the same crops, and returns the loss.
 
-    `fused` makes the product's Adam one kernel or not; None: as the product does it.
+    This is where every way to do a step is put together, from the settings; `fused` makes the product's Adam one kernel
+    or not, None: as the product does it.
     """
     network, rng = _network_and_generator(settings)
     B = torch.rand(batch, 3, patch, patch, generator=rng)
@@ -130,52 +179,7 @@ def _network_and_generator(settings: Settings) -> tuple[model.DSEN, torch.Genera
 MAKERS = {"inference": make_inference, "images": make_images, "training": make_training}
 
 
-def size_of(kind: str, device: torch.device) -> tuple[int, ...]:
-    """What a kind is measured on: (H, W), (N, H, W), or crops (N, patch)."""
-    return {"inference": IMAGE, "images": (IMAGES, *IMAGE), "training": (BATCH[device.type], PATCH)}[kind]
-
-
 # ---------------------------------------------------------------- measuring
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(run: Callable, device: torch.device) -> float:
-    """Seconds of one call."""
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def alternate(
-    runs: dict[str, Callable], device: torch.device, repeats: int | None, budget: float, settle: bool = False
-) -> dict[str, list[float]]:
-    """Seconds of each call: all runs in turn, `repeats` times, or as often as `budget` seconds allow.
-
-    In turn, because the machine's speed drifts while other work comes and goes. With `settle`, each is called once
-    untimed before: right after the other, a run starts with that one's caches and clock rate, which on a CPU with
-    AVX-512 cost the same run up to half as much time again.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    started = time.perf_counter()
-    for done in range(1, (repeats or MOST) + 1):
-        for name, run in runs.items():
-            if settle:
-                run()
-            seconds[name].append(timed(run, device))
-        elapsed = time.perf_counter() - started
-        if not repeats and done >= LEAST and elapsed * (done + 1) / done > budget:
-            break
-    return seconds
-
-
-def summary(seconds: list[float]) -> Numbers:
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "seconds": seconds}
 
 
 def traffic_per_pixel(network: model.DSEN) -> int:
@@ -188,20 +192,25 @@ def traffic_per_pixel(network: model.DSEN) -> int:
     return 4 * planes * network.stage_num
 
 
+def nominal_gflop(network: model.DSEN, pixels: int) -> float:
+    return 2e-9 * pixels * network.macs_per_pixel()
+
+
 def measure(
     kind: str, settings: Settings, device: torch.device, size: tuple[int, ...], repeats: int | None, budget: float
 ) -> Numbers:
-    """Both sides' times of a kind at a size (see `size_of`), and how far they agree."""
+    """Both sides' times of a kind at a size (see `Sizes.of`), their memory, and how far they agree."""
     runs = {side: MAKERS[kind](side, settings, device, *size) for side in SIDES}
-    first = {side: run() for side, run in runs.items()}  # the warm-up
+    first = {side: first_call(run, device) for side, run in runs.items()}
     numbers: Numbers = {side: summary(s) for side, s in alternate(runs, device, repeats, budget, settle=True).items()}
+    numbers["peaks"] = {side: peak for side, (_, peak) in first.items()}
     network = model.build(settings)
     pixels = size[0] * size[1] ** 2 if kind == "training" else math.prod(size)
     forwards = 3 if kind == "training" else 1
-    numbers["nominal_gflop"] = 2e-9 * forwards * pixels * network.macs_per_pixel()
+    numbers["nominal_gflop"] = nominal_gflop(network, forwards * pixels)
     numbers["nominal_gb"] = 1e-9 * forwards * pixels * traffic_per_pixel(network)
     numbers["speedup"] = numbers["reference"]["median"] / numbers["product"]["median"]
-    plain, product = first.values()
+    plain, product = (result for result, _ in first.values())
     if kind == "training":
         numbers["difference"] = abs(plain - product) / abs(plain)
     else:
@@ -227,8 +236,17 @@ VARIANTS: dict[str, Numbers] = {
     "reference, TF32": {"side": "reference", "tf32": True},
     "reference, bf16": {"side": "reference", "precision": "bf16"},
 }
-ON_GPU = ("bf16, cudnn.benchmark", "bf16, Adam not fused", "reference, TF32")  # variants that mean nothing on a CPU
-ON_CPU = ("float32, without winograd.cpp",)  # nor on a GPU
+ONLY_ON = {  # the device that a variant is for, where it is not for both
+    "float32, without winograd.cpp": "cpu",
+    "bf16, cudnn.benchmark": "cuda",
+    "bf16, Adam not fused": "cuda",
+    "reference, TF32": "cuda",
+}
+
+
+def variants_for(device: torch.device) -> list[str]:
+    """The names of the variants that mean something on a device."""
+    return [name for name in VARIANTS if ONLY_ON.get(name, device.type) == device.type]
 
 
 def make_variant(name: str, settings: Settings, device: torch.device, size: tuple[int, int]) -> Callable:
@@ -250,62 +268,82 @@ def make_variant(name: str, settings: Settings, device: torch.device, size: tupl
     return run
 
 
-def measure_variants(
-    settings: Settings, device: torch.device, size: tuple[int, int], repeats: int | None, names: Sequence[str]
-) -> Numbers:
+def measure_variants(job: Job) -> Numbers:
     """Of each variant seconds of a step, of the first step beyond that, and bytes that a step adds at its peak.
 
     The variants are timed in turn, each once untimed before.
     """
-    runs = {name: make_variant(name, settings, device, size) for name in names}
-    first = {name: timed(run, device) for name, run in runs.items()}
-    seconds = alternate(runs, device, repeats, BUDGET, settle=True)
+    names, size = variants_for(job.device), job.sizes.of("training")
+    runs = {name: make_variant(name, job.settings(), job.device, size) for name in names}
+    first = {name: first_call(run, job.device)[1] for name, run in runs.items()}
+    seconds = alternate(runs, job.device, job.repeats, job.sizes.budget, settle=True)
     numbers = {name: summary(s) for name, s in seconds.items()}
     for name, row in numbers.items():
-        row["preparation"] = first[name] - row["median"]
+        row["preparation"] = first[name]["seconds"] - row["median"]
         row["ratio"] = numbers[names[0]]["median"] / row["median"]
-        row["peak"] = _run_peak(name, "training", device)
+    for name, peak in peaks(first, "training", job).items():
+        numbers[name]["peak"] = peak
     return numbers
 
 
-def peak_memory(name: str, kind: str, settings: Settings, device: torch.device, size: tuple[int, ...]) -> Numbers:
-    """Bytes at the peak `before` one run and those that the run `added`, in this process, which must be a fresh one.
+# Ways to do the same training step, as settings.
+WAYS = {"eager": {"compile": "off"}, "compiled": {"compile": "on"}}
 
-    `name` is a side's or a variant's.
+
+def ways_for(device: torch.device) -> list[str]:
+    """The names of the ways that may pay on a device."""
+    return list(WAYS) if device.type == "cuda" else ["eager"]
+
+
+def measure_steps(job: Job) -> Numbers:
+    """{preset: {way: seconds of a step, nominal TFLOP/s, and seconds and memory of the first}}.
+
+    The ways of a preset are timed in turn, each once untimed before. A way that fails is left out.
     """
+    numbers: Numbers = {}
+    for preset in STEP_PRESETS:
+        steps, first, settings = {}, {}, job.settings(preset)
+        for way in ways_for(job.device):
+            if started := job.attempt(f"{preset}, {way}", partial(_start_steps, settings, way, job)):
+                steps[way], first[way] = started
+        seconds = alternate(steps, job.device, job.repeats, job.sizes.budget, settle=True)
+        gflop = nominal_gflop(model.build(settings), 3 * job.sizes.batch * job.sizes.patch**2)
+        numbers[preset] = {
+            way: {**summary(s), "tflops": 1e-3 * gflop / summary(s)["median"], "first": first[way]}
+            for way, s in seconds.items()
+        }
+    return numbers
+
+
+def _start_steps(settings: Settings, way: str, job: Job) -> tuple[Callable, Numbers]:
+    """A function that does a training step a way, and the `first_call` of it."""
+    settings = knobs.replace(settings, WAYS[way])
+    if settings.compile == "on":
+        torch.compiler.reset()  # else it would stop compiling the same function for one network more
+    step = make_training("product", settings, job.device, *job.sizes.of("training"))
+    return step, first_call(step, job.device)[1]
+
+
+def peaks(first: dict[str, Numbers], kind: str, job: Job) -> dict[str, Numbers]:
+    """The memory of each name's first call: on a CPU measured anew, each in a fresh process."""
+    if job.device.type == "cuda":
+        return first
+    return {name: _run_peak(name, kind, job) for name in first}
+
+
+def peak_memory(name: str, kind: str, settings: Settings, device: torch.device, size: tuple[int, ...]) -> Numbers:
+    """`first_call` of a side or a variant, in this process, which on a CPU must be a fresh one."""
     if name in SIDES:
         run = MAKERS[kind](name, settings, device, *size)
     else:
         run = make_variant(name, settings, device, size)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        before = _peak_resident()
-    run()
-    after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-    return {"before": before, "added": max(0, after - before)}  # Linux's count may fall by some pages
+    return first_call(run, device)[1]
 
 
-def _peak_resident() -> int:
-    """Bytes of this process's memory at its peak."""
-    import resource  # Unix only, as the tests and scripts are, but importing this module should need nothing
-
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: there ru_maxrss of a young process is its parent's
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def measure_peaks(kind: str, device: torch.device) -> dict[str, Numbers]:
-    """`peak_memory` of both sides."""
-    return {side: _run_peak(side, kind, device) for side in SIDES}
-
-
-def _run_peak(name: str, kind: str, device: torch.device) -> Numbers:
+def _run_peak(name: str, kind: str, job: Job) -> Numbers:
     """`peak_memory` in a fresh process."""
-    return json.loads(_run([sys.executable, __file__, "--peak", name, kind, "--device", str(device)]))
+    rehearse = ["--rehearse"] if job.sizes is SIZES["rehearsal"] else []
+    return json.loads(_run([sys.executable, __file__, "--peak", name, kind, "--device", str(job.device), *rehearse]))
 
 
 def _run(command: list[str]) -> str:
@@ -349,7 +387,7 @@ def measure_data(
     settings: Settings,
     device: torch.device,
     step: Callable,
-    size: tuple[int, int] = IMAGE,
+    size: tuple[int, int],
     images: int = 8,
     repeats: int = LEAST,
 ) -> Numbers:
@@ -414,10 +452,8 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def measure_limits(device: torch.device, side: int | None = None, megabytes: int | None = None) -> Numbers:
+def measure_limits(device: torch.device, side: int, megabytes: int) -> Numbers:
     """The best GFLOP/s of matrix products of `side` cubed, and the best GB/s, read and written, of a copy."""
-    large = device.type == "cuda"
-    side, megabytes = side or (8192 if large else 2048), megabytes or (1024 if large else 256)
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
     x = torch.rand(megabytes * 2**18, device=device)
@@ -444,7 +480,8 @@ def measure_limits(device: torch.device, side: int | None = None, megabytes: int
 def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     """A title with the heads of the columns, and lines of a label and right-aligned cells."""
     lines = [[title, *columns], *([f"  {label}", *cells] for label, *cells in rows)]
-    return "\n".join(f"{label:46}" + "".join(f"{cell:>24}" for cell in cells) for label, *cells in lines)
+    width = max(46, len(title))
+    return "\n".join(f"{label:{width}}" + "".join(f"{cell:>24}" for cell in cells) for label, *cells in lines)
 
 
 def kind_rows(numbers: Numbers, limits: Numbers) -> list[list[str]]:
@@ -490,6 +527,17 @@ def variant_rows(numbers: Numbers) -> list[list[str]]:
     return rows
 
 
+def step_rows(numbers: Numbers, device: torch.device) -> list[list[str]]:
+    """The rows of `measure_steps`, for `table`; on a CPU, where it needs a fresh process, without the memory."""
+    rows = []
+    for preset, ways in numbers.items():
+        for way, n in ways.items():
+            added = f"{n['first']['added'] / 2**20:.0f}" if device.type == "cuda" else "-"
+            first = f"{n['first']['seconds']:.1f}"
+            rows.append([f"{preset}, {way}", f"{1000 * n['median']:.2f}", f"{n['tflops']:.2f}", first, added])
+    return rows
+
+
 def data_rows(numbers: Numbers) -> list[list[str]]:
     """The rows of `measure_data`, for `table`."""
     rows = []
@@ -503,69 +551,113 @@ def data_rows(numbers: Numbers) -> list[list[str]]:
 # ---------------------------------------------------------------- the command
 
 
-def bench(device: torch.device, sections: tuple[str, ...], repeats: int | None) -> Numbers:
-    """Measure and print the sections in turn; returns all numbers."""
-    settings = knobs.resolve(PRESET, {"batch_size": BATCH[device.type], "patch_size": PATCH})
-    machine, limits = describe_machine(device), measure_limits(device)
+def kind_section(kind: str, job: Job) -> tuple[Numbers, str]:
+    size = job.sizes.of(kind)
+    numbers = measure(kind, job.settings(), job.device, size, job.repeats, job.sizes.budget)
+    numbers["peaks"] = peaks(numbers["peaks"], kind, job)
+    height, width = job.sizes.image
+    title = {
+        "inference": f"inference: {PRESET}, one {width}x{height} image",
+        "images": f"inference: {PRESET}, {job.sizes.images} images of {width}x{height} at once",
+        "training": f"training step: {PRESET}, {job.crops()}",
+    }[kind]
+    of = "rel. difference of the loss" if kind == "training" else "max abs difference of the stages' outputs"
+    rows = [*kind_rows(numbers, job.limits), [of, "", f"{numbers['difference']:.1e}"]]
+    return numbers, table(title, [*SIDES, "ratio"], rows)
+
+
+def startup_section(job: Job) -> tuple[Numbers, str]:
+    numbers = measure_startup(job.device, job.repeats)
+    return numbers, table("start-up, imports included", ["median, s", "min .. max, s"], startup_rows(numbers))
+
+
+def data_section(job: Job) -> tuple[Numbers, str]:
+    settings = job.settings()
+    step = make_training("product", settings, job.device, *job.sizes.of("training"))
+    step()
+    repeats = job.repeats or (20 if job.device.type == "cuda" else LEAST)
+    numbers = measure_data(settings, job.device, step, job.sizes.image, repeats=repeats)
+    title = f"{job.crops()}, ms (share of a step)"
+    return numbers, table(title, ["making them", "waiting for them"], data_rows(numbers))
+
+
+def steps_section(job: Job) -> tuple[Numbers, str]:
+    numbers = measure_steps(job)
+    columns = ["ms a step", "nominal TFLOP/s", "first step, s", "memory added, MiB"]
+    return numbers, table(f"training step: {job.crops()}", columns, step_rows(numbers, job.device))
+
+
+def convolutions_section(job: Job) -> tuple[list[Numbers], str]:
+    uses = convolutions.uses(job.sizes.batch, job.sizes.patch, job.sizes.image)
+    numbers = convolutions.measure(job.device, uses, job.repeats)
+    title = f"5x5 convolutions, {job.crops()}: ms, TFLOP/s (times faster)"
+    return numbers, table(title, list(uses), convolutions.table_rows(numbers, uses))
+
+
+def variants_section(job: Job) -> tuple[Numbers, str]:
+    numbers = measure_variants(job)
+    columns = ["s a step", "times faster", "preparation, s", "memory added, MiB"]
+    return numbers, table(f"training step: {job.crops()}", columns, variant_rows(numbers))
+
+
+# Each measures, and returns its numbers and the text to print.
+SECTIONS: dict[str, Callable[[Job], tuple[Any, str]]] = {
+    **{kind: partial(kind_section, kind) for kind in KINDS},
+    "startup": startup_section,
+    "data": data_section,
+    "steps": steps_section,
+    "convolutions": convolutions_section,
+    "variants": variants_section,
+}
+DEFAULT_SECTIONS = {"cpu": ("inference", "training", "startup", "data"), "cuda": tuple(SECTIONS)}
+
+
+def sections_for(device: torch.device, named: Sequence[str] | None) -> tuple[str, ...]:
+    """The sections to measure: those that are named, or the device's own."""
+    return tuple(named or DEFAULT_SECTIONS[device.type])
+
+
+def bench(job: Job, sections: Sequence[str], path: Path | None) -> None:
+    """Measure and print the sections in turn; their numbers go to the file at `path` as soon as they are there."""
+    machine = describe_machine(job.device)
+    limits = job.limits = measure_limits(job.device, job.sizes.matrix, job.sizes.megabytes)
     print("machine:", ", ".join(f"{name} {value}" for name, value in machine.items()))
     print(
         f"limits:  matrix product of {limits['side']} cubed: {limits['gflops']:.1f} GFLOP/s in float32, "
         f"{limits['gflops_bf16']:.1f} in bf16; copy of {limits['megabytes']} MiB: {limits['gb_per_second']:.1f} GB/s",
         flush=True,
     )
-    result: Numbers = {"machine": machine, "limits": limits}
-    crops = f"{BATCH[device.type]} crops of {PATCH}x{PATCH}"
-    titles = {
-        "inference": f"inference: {PRESET}, one {IMAGE[1]}x{IMAGE[0]} image",
-        "images": f"inference: {PRESET}, {IMAGES} images of {IMAGE[1]}x{IMAGE[0]} at once",
-        "training": f"training step: {PRESET}, {crops}",
-    }
-    for kind in (kind for kind in KINDS if kind in sections):
-        numbers = result[kind] = measure(kind, settings, device, size_of(kind, device), repeats, BUDGET)
-        numbers["peaks"] = measure_peaks(kind, device)
-        difference = (
-            "rel. difference of the loss" if kind == "training" else "max abs difference of the stages' outputs"
-        )
-        rows = [*kind_rows(numbers, limits), [difference, "", f"{numbers['difference']:.1e}"]]
-        print("\n" + table(titles[kind], [*SIDES, "ratio"], rows), flush=True)
-    if "startup" in sections:
-        numbers = result["startup"] = measure_startup(device, repeats)
-        print("\n" + table("start-up, imports included", ["median, s", "min .. max, s"], startup_rows(numbers)))
-    if "data" in sections:
-        step = make_training("product", settings, device, BATCH[device.type], PATCH)
-        step()
-        numbers = result["data"] = measure_data(settings, device, step)
-        title = f"{crops}, ms (share of a step)"
-        print("\n" + table(title, ["making them", "waiting for them"], data_rows(numbers)), flush=True)
-    if "variants" in sections:
-        names = [name for name in VARIANTS if name not in (ON_CPU if device.type == "cuda" else ON_GPU)]
-        numbers = result["variants"] = measure_variants(settings, device, size_of("training", device), repeats, names)
-        columns = ["s a step", "times faster", "preparation, s", "memory added, MiB"]
-        print("\n" + table(f"training step: {crops}", columns, variant_rows(numbers)), flush=True)
-    return result
+    report.add(path, {"machine": machine, "limits": limits, "sizes": asdict(job.sizes)})
+    for name in sections:
+        if found := job.attempt(name, partial(SECTIONS[name], job)):
+            numbers, text = found
+            print(f"\n{text}", flush=True)
+            report.add(path, {name: numbers})
+    if job.failed:
+        print(f"\nfailed: {'; '.join(job.failed)}")
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     parser = Parser(description="Time the product against the plain published forward, and print a table.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these alone")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure these alone, in this order")
     parser.add_argument("--repeats", type=int, help="timings of each; default: as many as some time allows")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # for `measure_peaks`: side and kind
+    parser.add_argument("--rehearse", action="store_true", help="tiny images and crops: see that everything runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add all numbers to this file")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # for `peaks`: a side or variant, and a kind
     known = parser.parse_args(arguments)
     device = pick_device(known.device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {known.device!r}: the bench knows cpu and cuda")
     if known.repeats is not None and known.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {known.repeats}")
+    job = Job(device, SIZES["rehearsal" if known.rehearse else device.type], known.repeats)
     if known.peak:
         name, kind = known.peak
-        print(json.dumps(peak_memory(name, kind, knobs.resolve(PRESET), device, size_of(kind, device))))
-        return
-    sections = known.only or (SECTIONS if device.type == "cuda" else ON_CPU)
-    numbers = bench(device, tuple(sections), known.repeats)
-    if known.json:
-        write_bytes(known.json, json.dumps(numbers, indent=2).encode())
+        print(json.dumps(peak_memory(name, kind, job.settings(), device, job.sizes.of(kind))))
+        return 0
+    bench(job, sections_for(device, known.only), known.json)
+    return 1 if job.failed else 0
 
 
 if __name__ == "__main__":

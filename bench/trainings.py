@@ -1,14 +1,15 @@
-"""What whole trainings take, and what bf16 does to their results and to a trained network's images.
+"""What whole trainings take, and what 16 bits do to their results and to a trained network's images.
 
-    python bench/trainings.py run --device cuda --steps 1000      # seconds of the paper's training, from a part of it
+    python bench/trainings.py run --device cuda --steps 300       # time of the paper's training, from its first steps
     python bench/trainings.py curve --device cuda --steps 2000    # PSNR by step, float32 beside bf16
-    python bench/trainings.py outputs --device cuda -m sdsen_rain800    # images in bf16 against float32
+    python bench/trainings.py outputs --device cuda -m sdsen_rain800    # images in 16 bits against float32
 
 Trainings run through main.py in processes of their own, on the built-in set unless --data_dir names another, and leave
 nothing behind. Words that are none of the arguments below go to main.py: `curve --batch_size 4 -p dsen`.
 """
 
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,16 +19,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
-import torch
-
-from cal_ssim import psnr
+import report
+import settings as knobs
 from common import ROOT, Parser, UserError, run_script
-from dataset import data_path, list_pairs, read_whole
-from devices import pick_device
-from evaluate import open_network, restore
+from report import Numbers
 
 PAPER_STEPS = 20000
 SAVE_STEPS = 500  # main.py's, for the paper's training
+VALIDATIONS = 5  # points of a curve
+FORMATS = tuple(name for name in knobs.FIELDS["precision"].metadata["choices"] if name != "float32")
 
 
 def start_training(folder: Path, name: str, words: list[str]) -> subprocess.Popen:
@@ -37,11 +37,22 @@ def start_training(folder: Path, name: str, words: list[str]) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen) -> list[str]:
-    """The lines of a training that ends well. Raises UserError with its last line where it does not."""
-    lines = process.communicate()[0].splitlines()
+def read_until(process: subprocess.Popen, text: str, times: int) -> list[str]:
+    """The lines of a process until as many of them begin with `text`, or it ends."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        times -= line.startswith(text)
+        if not times:
+            break
+    return lines
+
+
+def finish(process: subprocess.Popen, read: list[str] | None = None) -> list[str]:
+    """All lines of a training that ends well, of which some were `read`. Raises UserError with the last of another."""
+    lines = [*(read or []), *process.communicate()[0].splitlines()]
     if process.returncode:
-        raise UserError(f"the training failed: {lines[-1] if lines else 'without a word'}")
+        raise UserError(f"the training failed: {lines[-1] if lines else 'it printed nothing'}")
     return lines
 
 
@@ -52,51 +63,48 @@ def validation_psnr(lines: list[str]) -> dict[int, float]:
 
 
 def project(lines: list[str], seconds: float, batch_size: int, save_steps: int = SAVE_STEPS) -> dict[str, float]:
-    """From the lines of a part of a training, which took `seconds`, what the paper's whole training would take.
+    """From the lines of a training up to its last validation, after `seconds`, what the paper's training would take.
 
-    All values in seconds: `start` is what comes before the steps and behind them, `step` and `validation` are medians.
+    All values in seconds: `start` is what comes before the steps, `step` and `validation` are medians, without the
+    first ones, which are slower.
     """
-    steps = [line for line in lines if line.startswith("step ")]
-    rates = [float(re.search(r"([\d.]+) images/s", line)[1]) for line in steps]
-    done = int(re.match(r"step (\d+)/", steps[-1])[1])
+    rates = [float(re.search(r"([\d.]+) images/s", line)[1]) for line in lines if line.startswith("step ")]
     validations = [float(line.split()[-2]) for line in lines if line.startswith("validation at step")]
     step = batch_size / statistics.median(rates[1:] or rates)
-    validation = statistics.median(validations)
-    start = max(0.0, seconds - done * step - sum(validations))
+    validation = statistics.median(validations[1:] or validations)
+    start = max(0.0, seconds - max(validation_psnr(lines)) * step - sum(validations))
     whole = start + PAPER_STEPS * step + PAPER_STEPS // save_steps * validation
     return {"start": start, "step": step, "validation": validation, "whole": whole}
 
 
-def run(words: list[str], steps: int, batch_size: int) -> None:
-    """Print what `steps` steps take, and what the paper's 20000 would."""
-    words = [
-        *words,
-        "--steps",
-        str(steps),
-        "--batch_size",
-        str(batch_size),
-        "--save_steps",
-        str(min(SAVE_STEPS, steps)),
-    ]
+def run(words: list[str], steps: int, batch_size: int) -> Numbers:
+    """Print what the paper's training takes, of which `steps` steps and two validations are run."""
+    own = {"steps": PAPER_STEPS, "batch_size": batch_size, "save_steps": steps // 2}
+    own["log_steps"] = max(1, min(50, steps // 4))
+    words = [*(f"--{name}={value}" for name, value in own.items()), *words]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        lines = finish(start_training(Path(folder), "run", words))
+        process = start_training(Path(folder), "run", words)
+        lines = read_until(process, "validation at step", 2)
         seconds = time.perf_counter() - started
+        process.send_signal(signal.SIGINT)  # it saves and ends
+        finish(process, lines)
     numbers = project(lines, seconds, batch_size)
-    last = next(line for line in reversed(lines) if line.startswith("step "))
     print(next(line for line in lines if line.startswith("run run")))
-    print(f"{steps} steps of {batch_size} crops: {seconds:.1f} s in all; its last line: {last}")
+    print(f"{steps} steps of {batch_size} crops: {seconds:.1f} s; the last line:", lines[-1])
     start, step, validation, whole = numbers.values()
     print(
         f"start {start:.1f} s, a step {1000 * step:.1f} ms, a validation {validation:.1f} s: {PAPER_STEPS} steps with "
         f"{PAPER_STEPS // SAVE_STEPS} validations would take {whole / 60:.1f} min"
     )
+    return numbers
 
 
-def curve(words: list[str], steps: int, batch_size: int) -> None:
+def curve(words: list[str], steps: int, batch_size: int) -> Numbers:
     """Print the PSNR of the same training in float32 and in bf16, side by side, and how far they are apart."""
-    words = [*words, "--steps", str(steps), "--batch_size", str(batch_size), "--save_steps", str(max(1, steps // 10))]
-    words += ["--milestones", str(max(1, steps * 3 // 4)), str(max(2, steps * 7 // 8)), "--val_images", "0"]
+    own = {"steps": steps, "batch_size": batch_size, "save_steps": max(1, steps // VALIDATIONS), "val_images": 0}
+    milestones = ["--milestones", str(max(1, steps * 3 // 4)), str(max(2, steps * 7 // 8))]
+    words = [*(f"--{name}={value}" for name, value in own.items()), *milestones, *words]
     with tempfile.TemporaryDirectory() as folder:
         both = {p: start_training(Path(folder), p, [*words, "--precision", p]) for p in ("float32", "bf16")}
         curves = {precision: validation_psnr(finish(process)) for precision, process in both.items()}
@@ -105,63 +113,79 @@ def curve(words: list[str], steps: int, batch_size: int) -> None:
     for step, plain in curves["float32"].items():
         differences.append(curves["bf16"][step] - plain)
         print(f"{step:>8}{plain:>14.2f}{curves['bf16'][step]:>14.2f}{differences[-1]:>+14.2f}")
-    print(f"largest difference {max(map(abs, differences)):.2f} dB, at the end {differences[-1]:+.2f} dB")
+    largest, end = max(map(abs, differences)), differences[-1]
+    print(f"largest difference {largest:.2f} dB, at the end {end:+.2f} dB")
+    return {**curves, "largest": largest, "end": end}
 
 
-def compare_outputs(name: str, overrides: dict[str, str]) -> list[dict[str, float]]:
-    """For each test image of the built-in set, what bf16 changes in the derained image of the last stage.
+def compare_outputs(
+    name: str, overrides: dict[str, str], precision: str = "bf16", images: int | None = None
+) -> list[dict[str, float]]:
+    """For each test image of the built-in set, or the first few, what 16 bits change in the last stage's output.
 
-    `p999` and `max` are of the absolute difference to float32, in levels of 255; `psnr` that of bf16 less float32's;
-    `device` is the largest difference of float32 on the device to float32 on the CPU, in [0, 1].
+    `p999` and `max` are of the absolute difference to float32, in levels of 255; `psnr` is that of `precision` less
+    float32's.
     """
-    network, settings, _, _ = open_network(None, name, overrides)
+    import torch  # which takes seconds, and only this function needs it
+
+    from cal_ssim import psnr
+    from dataset import data_path, list_pairs, read_whole
+    from devices import pick_device
+    from evaluate import open_network, restore
+
+    network, settings, _, _ = open_network(None, name, {**overrides, "precision": precision})
     device = pick_device(settings.device)
     rows = []
-    for path in list_pairs(data_path(settings) / "test"):
-        O, B = (x.float() / 255 for x in read_whole(path))
-        plain, half = (list(restore(network, O.to(device), precision=p))[-1].cpu() for p in ("float32", "bf16"))
-        on_cpu = list(restore(network.cpu(), O, precision="float32"))[-1]
-        network.to(device)
+    for path in list_pairs(data_path(settings) / "test")[:images]:
+        O, B = (x.to(device).float() / 255 for x in read_whole(path))
+        with torch.inference_mode():
+            plain, half = (list(restore(network, O, precision=p))[-1] for p in ("float32", precision))
         difference = 255 * (half - plain).abs().flatten()
         rows.append(
             {
                 "p999": difference.kthvalue(round(0.999 * difference.numel())).values.item(),
                 "max": difference.max().item(),
                 "psnr": (psnr(half[None], B[None]) - psnr(plain[None], B[None])).item(),
-                "device": (plain - on_cpu).abs().max().item(),
             }
         )
     return rows
 
 
-def outputs(name: str, overrides: dict[str, str]) -> None:
-    """Print the worst of `compare_outputs`."""
-    rows = compare_outputs(name, overrides)
-    worst = {key: max(abs(row[key]) for row in rows) for key in rows[0]}
-    print(
-        f"{name}, {len(rows)} images, bf16 against float32: 99.9th percentile {worst['p999']:.2f} of 255 levels, "
-        f"largest {worst['max']:.2f}, PSNR {worst['psnr']:.4f} dB; float32 against the CPU's: {worst['device']:.1e}"
-    )
+def outputs(name: str, overrides: dict[str, str], formats: list[str], images: int | None) -> Numbers:
+    """Print the worst of `compare_outputs` in each format."""
+    numbers = {}
+    for precision in formats:
+        rows = compare_outputs(name, overrides, precision, images)
+        worst = numbers[precision] = {key: max(abs(row[key]) for row in rows) for key in rows[0]}
+        print(
+            f"{name}, {len(rows)} images, {precision} against float32: 99.9th percentile {worst['p999']:.2f} of 255 "
+            f"levels, largest {worst['max']:.2f}, PSNR {worst['psnr']:.4f} dB",
+            flush=True,
+        )
+    return numbers
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(description="What trainings take, and what bf16 changes.", epilog=__doc__.split("\n\n")[1])
+    parser = Parser(description="What trainings take, and what 16 bits change.", epilog=__doc__.split("\n\n")[1])
     parser.add_argument("what", choices=["run", "curve", "outputs"])
     parser.add_argument("--device", default="auto", help="as main.py's; default: %(default)s")
     parser.add_argument("--steps", type=int, default=1000, help="of the training; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=64, help="default: the paper's, %(default)s")
     parser.add_argument("-m", "--model", help="outputs: a checkpoint, as main.py takes it")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="outputs: default: all")
+    parser.add_argument("--images", type=int, help="outputs: how many test images; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the numbers to this file")
     known, words = parser.parse_known_args(arguments)
     if known.steps < 2:
         raise UserError(f"--steps must be at least 2, got {known.steps}")
     if known.what == "outputs":
         if not known.model or words:
-            raise UserError("outputs takes -m CHECKPOINT and --device alone")
-        with torch.inference_mode():
-            outputs(known.model, {"device": known.device, "data_dir": ""})
+            raise UserError("outputs takes -m CHECKPOINT, --device, --formats, --images and --json alone")
+        places = {"device": known.device, "data_dir": ""}
+        report.add(known.json, {"outputs": outputs(known.model, places, known.formats, known.images)})
     else:
-        training = run if known.what == "run" else curve
-        training(["--device", known.device, *words], known.steps, known.batch_size)
+        training, key = (run, "paper") if known.what == "run" else (curve, "curve")
+        report.add(known.json, {key: training(["--device", known.device, *words], known.steps, known.batch_size)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The yardstick: the plain reference is the published code, the product agrees with it, and the bench measures both."""
 
 import json
+import os
+import re
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,9 +13,12 @@ import torch
 
 import bench
 import checkpoint as checkpoints
+import convolutions
 import model
 import recipe
 import reference
+import report
+import timing
 import trainings
 from common import ROOT, UserError
 from conftest import GOLDEN
@@ -75,7 +81,6 @@ def test_both_sides_are_measured_and_agree(kind, size):
     assert [len(numbers[side]["seconds"]) for side in bench.SIDES] == [2, 2]
     pixels = 17 * 22 if kind == "inference" else 3 * 2 * 16 * 16
     assert numbers["nominal_gflop"] == pytest.approx(2e-9 * 2 * 493030 * pixels)
-    numbers["peaks"] = {side: bench.peak_memory(side, kind, settings, CPU, size) for side in bench.SIDES}
     assert all(peak["before"] > 2**20 <= 2**20 + peak["added"] for peak in numbers["peaks"].values())
     limits = bench.measure_limits(CPU, 64, 1)
     text = bench.table("title", [*bench.SIDES, "ratio"], bench.kind_rows(json.loads(json.dumps(numbers)), limits))
@@ -88,14 +93,107 @@ def test_traffic_of_sdsen():
     assert bench.traffic_per_pixel(model.build("sdsen")) == 8 * 4 * planes
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_sections_are_those_of_the_device_or_those_named(kind):
+    device = torch.device(kind)
+    assert {"inference", "training", "data"} <= set(bench.sections_for(device, None)) <= set(bench.SECTIONS)
+    assert bench.sections_for(device, ["variants"]) == ("variants",)
+
+
+def test_variants_are_those_of_the_device():
+    on_cpu, on_gpu = (set(bench.variants_for(torch.device(kind))) for kind in ("cpu", "cuda"))
+    assert on_cpu | on_gpu == set(bench.VARIANTS)
+    assert on_cpu ^ on_gpu == set(bench.ONLY_ON)
+
+
 def test_runs_are_repeated_in_turn():
     calls = []
     runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    seconds = bench.alternate(runs, CPU, 3, 0)
+    seconds = timing.alternate(runs, CPU, 3, 0)
     assert "".join(calls) == "ababab"
     assert [len(s) for s in seconds.values()] == [3, 3]
-    assert len(bench.alternate(runs, CPU, None, 0)["a"]) == bench.LEAST
-    assert len(bench.alternate(runs, CPU, None, 60)["a"]) == bench.MOST
+    assert len(timing.alternate(runs, CPU, None, 0)["a"]) == timing.LEAST
+    assert len(timing.alternate(runs, CPU, None, 60)["a"]) == timing.MOST
+
+
+def test_first_call_on_cuda_counts_the_tensors_of_its_peak():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    device, kept = torch.device("cuda"), []
+
+    def run():
+        kept.append(torch.zeros(2**20, device=device))
+        return torch.zeros(2**22, device=device).sum().item()
+
+    result, peak = timing.first_call(run, device)
+    assert result == 0
+    assert 4 * (2**20 + 2**22) <= peak["added"] < 4 * (2**20 + 2**23)
+
+
+def tiny_job(**values):
+    """A job on the CPU that is over at once."""
+    return bench.Job(CPU, bench.Sizes((17, 22), 2, 2, 16, 64, 1, 0.0), 1, **values)
+
+
+def test_sections_write_their_numbers_and_a_failure_does_not_stop_the_next(tmp_path, monkeypatch):
+    def fails(job):
+        raise RuntimeError("on purpose")
+
+    fake = {"inference": fails, "data": lambda job: ({"found": job.sizes.batch}, "a table")}
+    monkeypatch.setattr(bench, "SECTIONS", fake)
+    job, path = tiny_job(), tmp_path / "numbers.json"
+    bench.bench(job, ["inference", "data"], path)
+    assert job.failed == ["inference"]
+    written = report.read(path)
+    assert written["data"] == {"found": 2}
+    assert written["sizes"]["image"] == [17, 22]
+    assert "inference" not in written
+
+
+def test_steps_of_several_networks(monkeypatch):
+    monkeypatch.setattr(bench, "STEP_PRESETS", ("dsen", "cnn"))
+    monkeypatch.setattr(bench, "WAYS", {"eager": {"compile": "off"}, "broken": {"compile": "unknown"}})
+    monkeypatch.setattr(bench, "ways_for", lambda device: list(bench.WAYS))
+    job = tiny_job()
+    numbers = bench.measure_steps(job)
+    assert {preset: list(ways) for preset, ways in numbers.items()} == {"dsen": ["eager"], "cnn": ["eager"]}
+    assert len(job.failed) == 2
+    eager = numbers["dsen"]["eager"]
+    gflop = 3 * 2e-9 * 2 * 16 * 16 * model.build("dsen").macs_per_pixel()
+    assert eager["tflops"] == pytest.approx(1e-3 * gflop / eager["median"])
+    assert len(bench.step_rows(numbers, CPU)) == 2
+
+
+def test_compiling_and_graphs_are_for_gpus():
+    assert bench.ways_for(CPU) == ["eager"]
+    assert bench.ways_for(torch.device("cuda")) == list(bench.WAYS)
+
+
+def test_candidates_of_a_convolution_hold_it_and_begin_with_it():
+    for channels, padded in convolutions.CANDIDATES.items():
+        assert padded[0] == channels
+        assert all(pair[0] >= channels[0] and pair[1] >= channels[1] for pair in padded)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_timed_convolution_has_channels_last_results(backward):
+    use = convolutions.Use(torch.bfloat16, (2, 8, 9), backward)
+    results = convolutions.make((4, 6), use, CPU)()
+    shapes = [(2, 4, 8, 9), (6, 4, 5, 5), (6,)] if backward else [(2, 6, 8, 9)]
+    assert [tuple(x.shape) for x in results] == shapes
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    assert {x.dtype for x in results} == {torch.bfloat16}
+    assert convolutions.nominal_flop((4, 6), use) == (6 if backward else 2) * 25 * 4 * 6 * 2 * 8 * 9
+
+
+def test_rates_of_padded_convolutions_are_nominal():
+    uses = {"forward": convolutions.Use(torch.bfloat16, (1, 8, 8))}
+    numbers = convolutions.measure(CPU, uses, 1, {(4, 2): ((4, 2), (8, 8))})
+    assert [row["padded"] for row in numbers] == [(4, 2), (8, 8)]
+    for row in numbers:
+        assert row["forward"]["tflops"] * row["forward"]["median"] == pytest.approx(1e-12 * 2 * 25 * 8 * 64)
+    rows = convolutions.table_rows(json.loads(json.dumps(numbers)), uses)
+    assert [len(row) for row in rows] == [2, 2]
 
 
 def test_share_of_waiting_for_crops():
@@ -111,7 +209,7 @@ def test_share_of_waiting_for_crops():
     assert f"({numbers['stored pairs']['waiting_share']:.2%})" in lines[1]
 
 
-@pytest.mark.parametrize("name", sorted(bench.VARIANTS.keys() - {*bench.ON_GPU, "bf16, torch.compile"}))
+@pytest.mark.parametrize("name", sorted({*bench.variants_for(CPU)} - {"bf16, torch.compile"}))
 def test_every_variant_does_the_same_step(name):
     settings = resolve("sdsen_s2", {"batch_size": 4, "patch_size": 16})
     losses = [bench.make_variant(variant, settings, CPU, (4, 16))() for variant in ("reference, float32", name)]
@@ -131,38 +229,100 @@ def test_rows_of_variants_say_when_a_preparation_has_paid():
 
 def test_the_papers_training_is_projected_from_a_part_of_it():
     lines = ["run run: 130998 parameters on cpu in float32, steps 0 to 100"]
-    for step, rate in ((50, 8.0), (100, 32.0)):  # the first steps are slower: they are not projected
+    for step, rate in ((50, 8.0), (100, 32.0)):  # the first steps and the first validation are slower: not projected
         lines.append(f"step {step}/100  loss 0.1  psnr 20.00 dB  lr 0.0005  {rate} images/s  waiting for data 0.1%")
-    lines.append("validation at step 100: psnr by stage 19.10, 20.25 dB (input 18.00), ssim 0.7, 3.0 s")
-    numbers = trainings.project(lines, 63.0, 16)
-    assert numbers == pytest.approx({"start": 10, "step": 0.5, "validation": 3, "whole": 10 + 20000 * 0.5 + 40 * 3})
-    assert trainings.validation_psnr(lines) == {100: 20.25}
+        seconds = 150 / step
+        lines.append(
+            f"validation at step {step}: psnr by stage 19.10, 20.25 dB (input 18.00), ssim 0.7, {seconds:.1f} s"
+        )
+    numbers = trainings.project(lines, 64.5, 16)
+    assert numbers == pytest.approx({"start": 10, "step": 0.5, "validation": 1.5, "whole": 10 + 20000 * 0.5 + 40 * 1.5})
+    assert trainings.validation_psnr(lines) == {50: 20.25, 100: 20.25}
 
 
-def test_float32_and_bf16_are_trained_alike_and_compared(capsys):
-    words = "--steps 2 --batch_size 2 -p dsen --channel 2 --depth 4 --patch_size 16".split()
-    trainings.main(["curve", "--device", "cpu", *words])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
-    plain, half, difference = (float(cell) for cell in lines[2].split()[1:])
-    assert difference == pytest.approx(half - plain, abs=0.011)
-    assert abs(difference) < 0.1
-    assert lines[3].startswith("largest difference 0.0")
+SMALL_DSEN = "--batch_size 2 -p dsen --channel 2 --depth 4 --patch_size 16 --val_images 1".split()
 
 
-def test_what_bf16_changes_in_images(tmp_path):
+def test_the_papers_training_is_stopped_after_a_part_of_it(tmp_path):
+    path = tmp_path / "numbers.json"
+    trainings.main(["run", "--device", "cpu", "--steps", "2", "--json", str(path), *SMALL_DSEN])
+    numbers = report.read(path)["paper"]
+    assert all(numbers[name] > 0 for name in ("start", "step", "validation"))
+    assert numbers["whole"] > 20000 * numbers["step"]
+
+
+def test_a_training_that_fails_is_reported():
+    with pytest.raises(UserError):
+        trainings.main(["run", "--device", "cpu", "--steps", "2", "--patch_size", "0"])
+
+
+def test_float32_and_bf16_are_trained_alike_and_compared(tmp_path):
+    path = tmp_path / "numbers.json"
+    trainings.main(["curve", "--device", "cpu", "--steps", "2", "--json", str(path), *SMALL_DSEN])
+    numbers = report.read(path)["curve"]
+    assert list(numbers["float32"]) == list(numbers["bf16"]) == ["1", "2"]
+    assert numbers["end"] == pytest.approx(numbers["bf16"]["2"] - numbers["float32"]["2"])
+    assert abs(numbers["end"]) <= numbers["largest"] < 0.1
+
+
+def test_what_16_bits_change_in_images(tmp_path):
     settings = resolve("sdsen_s2", {"model_dir": str(tmp_path), "channel": 2, "depth": 4})
     torch.manual_seed(0)
     checkpoints.save(tmp_path / "made.pth", checkpoints.Checkpoint(model.build(settings).state_dict(), 0, settings))
-    rows = trainings.compare_outputs("made", {"model_dir": str(tmp_path), "device": "cpu", "data_dir": ""})
+    places = {"model_dir": str(tmp_path), "device": "cpu", "data_dir": ""}
+    rows = trainings.compare_outputs("made", places)
     assert len(rows) == 6
-    for row in rows:
-        assert 0 < row["p999"] <= row["max"] < 1
-        assert row["device"] == 0
+    assert all(0 < row["p999"] <= row["max"] < 1 for row in rows)
+    assert trainings.compare_outputs("made", places, "bf16", images=2) == rows[:2]
+    assert [row["max"] for row in trainings.compare_outputs("made", places, "float32", images=1)] == [0]
+    with pytest.raises(UserError):
+        trainings.compare_outputs("made", places, "int8")
 
 
-def test_gpu_script_parses():
-    assert subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"]).returncode == 0
+def test_numbers_are_added_to_a_file(tmp_path):
+    path = tmp_path / "numbers.json"
+    report.add(path, {"a": 1, "b": {"c": 2}})
+    report.add(path, {"b": {"d": 3}})
+    assert report.read(path) == {"a": 1, "b": {"d": 3}}
+    report.add(None, {"a": 2})
+
+
+def cells(numbers):
+    """The measured column of the targets."""
+    return [line.split("|")[2].strip() for line in report.table(numbers).splitlines()[2:]]
+
+
+def test_targets_with_and_without_numbers():
+    peaks = {"product": {"added": 3 * 2**20}, "reference": {"added": 9 * 2**20}}
+    numbers = {
+        "machine": {"device": "cuda:0", "gpu": "a GPU"},
+        "sizes": {"image": [321, 481], "images": 16, "batch": 64, "patch": 64},
+        "inference": {"product": {"median": 0.0101}},
+        "images": {"product": {"median": 0.16}},
+        "training": {"speedup": 7.5, "peaks": peaks},
+        "steps": {"sdsen": {"eager": {"median": 0.085}, "compiled": {"median": 0.0787}}, "dsen": {}},
+        "paper": {"whole": 960.0},
+        "outputs": {"bf16": {"p999": 0.5}},
+        "data": {"rain drawn, rain100h": {"waiting_share": 0.031}},
+        "curve": {"end": -0.04, "largest": 0.2},
+    }
+    expected = [[85.0, 78.7], [7.5], [], [16.0], [10.1], [10.0], [0.5], [3, 9], [3.1], [-0.04, 0.2]]
+    found = [[float(number) for number in re.findall(r"(?<![a-z\d])[-+]?\d[\d.]*", cell)] for cell in cells(numbers)]
+    assert found == expected
+    assert set(cells({})) == {report.MISSING}
+
+
+def test_gpu_script_goes_on_where_every_part_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$1" in *report.py) exec {sys.executable} "$@" ;; *) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    command = ["bash", ROOT / "bench" / "gpu.sh", "cpu", python]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("| ") and "| - |" in line for line in lines) == len(report.TARGETS)
+    assert (tmp_path / "gpu.log").read_text() == done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--repeats", "0"], ["--device", "tpu"], ["--what"]])
