@@ -27,8 +27,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +43,8 @@ import torch
 import checkpoint as checkpoints
 import convolutions
 import evaluate
+import graphs
+import losses
 import model
 import native
 import reference
@@ -52,7 +55,7 @@ from common import ROOT, Parser, UserError, run_script
 from dataset import CropDataset, training_batches
 from devices import autocast, pick_device
 from image_io import write_image
-from main import make_optimizer, train_step
+from main import make_optimizer, record_step, recording_obstacles, train_step
 from rain import STYLES, add_rain
 from settings import Settings
 from timing import LEAST, Numbers, alternate, first_call, summary
@@ -60,6 +63,7 @@ from timing import LEAST, Numbers, alternate, first_call, summary
 SIDES = ("reference", "product")
 KINDS = ("inference", "images", "training")
 PRESET = "sdsen"
+_KEPT = ExitStack()  # contexts that last as long as the program
 STEP_PRESETS = ("sdsen", "sdsen_s2", "dsen", "cnn")
 
 
@@ -121,7 +125,7 @@ def make_inference(side: str, settings: Settings, device: torch.device, height: 
     network, rng = _network_and_generator(settings)
     O = torch.rand(3, height, width, generator=rng).to(device)
     if side == "product":
-        network = network.to(device).eval()
+        network = _replayed(network.to(device).eval(), device)
         return lambda: list(evaluate.restore(network, O, precision=settings.precision))
     plain = reference.build(settings, network.state_dict()).to(device).eval()
     return lambda: reference.restore(plain, O)
@@ -132,16 +136,26 @@ def make_images(side: str, settings: Settings, device: torch.device, number: int
     network, rng = _network_and_generator(settings)
     O = torch.rand(number, 3, height, width, generator=rng).to(device)
     if side == "reference":
-        network, precision = reference.build(settings, network.state_dict()), "float32"
-    else:
-        precision = settings.precision
-    network = network.to(device).eval()
+        plain = reference.build(settings, network.state_dict()).to(device).eval()
+        return lambda: _without_gradients(plain, O)
+    network = _replayed(network.to(device).eval(), device)
 
     def run() -> list[torch.Tensor]:
-        with torch.inference_mode(), autocast(precision, device):
-            return network(O)
+        with autocast(settings.precision, device):
+            return _without_gradients(network.at_once, O, network.output_num)
 
     return run
+
+
+def _replayed(network: model.DSEN, device: torch.device) -> model.DSEN:
+    """The network as commands use it, which replay images of one size (graphs.py), for the rest of the program."""
+    _KEPT.enter_context(graphs.replaying(network, device))
+    return network
+
+
+@torch.no_grad()
+def _without_gradients(network: Callable, *inputs: Any) -> list[torch.Tensor]:
+    return network(*inputs)
 
 
 def make_training(
@@ -164,7 +178,10 @@ def make_training(
         optimizer = make_optimizer(network, settings.lr)
         if fused is not None:
             optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=fused)
-        return lambda: train_step(network, optimizer, O, B, settings, scored=False)["loss"]
+        records = settings.cuda_graphs != "off" and not recording_obstacles(settings, device)
+        # In the first step, as in a training.
+        recorded = cache(lambda: record_step(network, losses.build(settings), settings, O, B) if records else None)
+        return lambda: train_step(network, optimizer, O, B, settings, scored=False, recorded=recorded())["loss"]
     plain = reference.build(settings, network.state_dict()).to(device).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=settings.lr)
     return lambda: reference.train_step(plain, optimizer, O, B)
@@ -229,6 +246,7 @@ VARIANTS: dict[str, Numbers] = {
     "bf16, torch.compile": {"precision": "bf16", "compile": "on"},
     "bf16, cudnn.benchmark": {"precision": "bf16", "benchmark": True},
     "bf16, Adam not fused": {"precision": "bf16", "fused": False},
+    "bf16, --cuda_graphs off": {"precision": "bf16", "cuda_graphs": "off"},
     "bf16, --accumulate 4": {"precision": "bf16", "accumulate": 4},
     "bf16, --checkpoint_activations true": {"precision": "bf16", "checkpoint_activations": True},
     "bf16, --backprop_stages 2": {"precision": "bf16", "backprop_stages": 2},
@@ -240,6 +258,7 @@ ONLY_ON = {  # the device that a variant is for, where it is not for both
     "float32, without winograd.cpp": "cpu",
     "bf16, cudnn.benchmark": "cuda",
     "bf16, Adam not fused": "cuda",
+    "bf16, --cuda_graphs off": "cuda",
     "reference, TF32": "cuda",
 }
 
@@ -287,7 +306,11 @@ def measure_variants(job: Job) -> Numbers:
 
 
 # Ways to do the same training step, as settings.
-WAYS = {"eager": {"compile": "off"}, "compiled": {"compile": "on"}}
+WAYS = {
+    "eager": {"cuda_graphs": "off"},
+    "as a CUDA graph": {"cuda_graphs": "on"},
+    "compiled, as a CUDA graph": {"compile": "on", "cuda_graphs": "on"},
+}
 
 
 def ways_for(device: torch.device) -> list[str]:

@@ -203,6 +203,18 @@ def train_step(
     return {"loss": total, **result}
 
 
+def recording_obstacles(settings: Settings, device: torch.device) -> list[str]:
+    """What keeps a step from becoming a CUDA graph."""
+    found = {
+        f"the device is {device}": device.type != "cuda",
+        "several processes share a batch": ranks.count() > 1,
+        "accumulate takes a batch in parts": settings.accumulate > 1,
+        "checkpoint_activations repeats stages": settings.checkpoint_activations,
+        "backprop_stages changes from step to step": settings.backprop_stages > 0,
+    }
+    return [text for text, is_so in found.items() if is_so]
+
+
 def record_step(
     network: nn.Module, criterion: nn.Module, settings: Settings, O: Tensor, B: Tensor, labels: Tensor | None = None
 ) -> Replay | None:
@@ -450,21 +462,10 @@ class Trainer:
 
     def _can_record(self) -> bool:
         """Whether a step may become a CUDA graph. Raises UserError where that is asked for, and it can't."""
-        settings = self.settings
-        why_not = [
-            what
-            for what, is_so in {
-                f"the device is {self.device}": self.device.type != "cuda",
-                "several processes share a batch": ranks.count() > 1,
-                "accumulate takes it in parts": settings.accumulate > 1,
-                "checkpoint_activations repeats it": settings.checkpoint_activations,
-                "backprop_stages changes it": settings.backprop_stages > 0,
-            }.items()
-            if is_so
-        ]
-        if why_not and settings.cuda_graphs == "on":
-            raise UserError(f"--cuda_graphs on records a step of one pass on one CUDA GPU: {', '.join(why_not)}")
-        return settings.cuda_graphs != "off" and not why_not
+        obstacles = recording_obstacles(self.settings, self.device)
+        if obstacles and self.settings.cuda_graphs == "on":
+            raise UserError(f"--cuda_graphs on records a step of one pass on one CUDA GPU, but {', '.join(obstacles)}")
+        return self.settings.cuda_graphs != "off" and not obstacles
 
     def _loop(self, bar: tqdm, interrupt: Interrupt) -> None:
         settings = self.settings

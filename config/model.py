@@ -70,8 +70,7 @@ class Aggregation(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.amax(2) if self.kind == "max" else x.mean(2)
-        return x.contiguous(memory_format=torch.channels_last)  # which these two operations give up
+        return x.amax(2) if self.kind == "max" else x.mean(2)
 
 
 class AggregationConv2d(Conv5x5):
@@ -163,7 +162,8 @@ class DSEN(Network):
             x = F.leaky_relu_(self._layer(index, x, states[index]), SLOPE)
             new_states.append(x)
         aggregate, *_ = self.dec
-        return aggregate(x).to(image.dtype), new_states
+        # Orientation pooling gives up channels-last memory.
+        return aggregate(x).to(image.dtype).contiguous(memory_format=torch.channels_last), new_states
 
     def rain_layer(self, gathered: Tensor, means: Tensor | None = None) -> Tensor:
         """The rest of a stage: aggregated features (N, C, H, W) to the rain layer (N, 3, H, W).

@@ -12,6 +12,7 @@ from cal_ssim import METRICS, scores
 from checkpoint import Checkpoint
 from common import UserError
 from dataset import list_pairs, read_whole
+from devices import compute_dtype
 from settings import resolve
 
 CPU = torch.device("cpu")
@@ -54,9 +55,50 @@ def test_restore_subtracts_the_rain_layer(saved, device):
     O = torch.rand(3, 13, 8, device=device)
     with torch.no_grad():
         expected = [(O - R[0]).clamp(0, 1) for R in network(O[None])]
-    for image, other in zip(evaluate.restore(network, O), expected, strict=True):
+    for image, other in zip(evaluate.restore(network, O, precision="float32"), expected, strict=True):
         assert (image - other).abs().max() < 1e-6  # forward goes another way on the CPU
     assert len(list(evaluate.restore(network, O, 1))) == 1
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16", "bf16"])
+def test_16_bits_are_near_float32(saved, device, precision):
+    network, O = saved[0].eval().to(device), torch.rand(3, 33, 28, device=device)
+    wanted, found = (torch.stack(list(evaluate.restore(network, O, precision=p))) for p in ("float32", precision))
+    bound = {torch.float32: 0.0, torch.float16: 0.25, torch.bfloat16: 1.0}  # of 255 levels
+    dtype = compute_dtype(precision, device)
+    assert (found.dtype, found.device) == (torch.float32, O.device)
+    assert 255 * (found - wanted).abs().quantile(0.999) <= bound[dtype]
+    assert torch.equal(found, wanted) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_what_float16_cannot_hold_is_computed_in_float32(saved, device, mirror):
+    network, O = saved[0].eval().to(device), torch.rand(3, 13, 8, device=device)
+    with torch.no_grad():
+        network.re_layer[0].weight.mul_(3e5)
+    with torch.autocast(device.type, torch.float16), torch.no_grad():
+        assert not network(O[None])[0].isfinite().all()
+    found = list(evaluate.restore(network, O, precision="fp16", mirror=mirror))
+    wanted = list(evaluate.restore(network, O, precision="float32", mirror=mirror))
+    assert len(found) == 2
+    for image, other in zip(found, wanted, strict=True):
+        assert image.isfinite().all()
+        assert (image - other).abs().max() < 1e-6
+
+
+def test_a_later_stage_that_float16_cannot_hold(saved):
+    network, O = saved[0].eval(), torch.rand(3, 13, 8)
+    with torch.no_grad():
+        network.connect_layers[0].conv0.weight.mul_(1e7)
+        network.connect_layers[0].conv0.bias.zero_()
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        first, second = network(O[None])
+    assert first.isfinite().all()
+    assert not second.isfinite().all()
+    found = list(evaluate.restore(network, O, precision="fp16"))
+    wanted = list(evaluate.restore(network, O, precision="float32"))
+    assert 0 < (found[0] - wanted[0]).abs().max() < 1e-2  # this one was in range
+    assert torch.equal(found[1], wanted[1])
 
 
 def test_mirror_takes_the_mean_with_the_mirrored_image(saved, device):
@@ -64,12 +106,13 @@ def test_mirror_takes_the_mean_with_the_mirrored_image(saved, device):
     O = torch.rand(3, 13, 8, device=device)
     plain = list(network.each_stage(O))
     mirrored = [R.flip(-1) for R in network.each_stage(O.flip(-1))]
-    restored = list(evaluate.restore(network, O, mirror=True))
+    restored = list(evaluate.restore(network, O, precision="float32", mirror=True))
     assert len(restored) == 2
     for image, R, other in zip(restored, plain, mirrored, strict=True):
         assert (R - other).abs().max() > 1e-3  # p4 knows quarter turns, but not mirroring
         assert (image - (O - (R + other) / 2).clamp(0, 1)).abs().max() < 1e-6
-    for image, other in zip(evaluate.restore(network, O.flip(-1), mirror=True), restored, strict=True):
+    again = evaluate.restore(network, O.flip(-1), precision="float32", mirror=True)
+    for image, other in zip(again, restored, strict=True):
         assert (image.flip(-1) - other).abs().max() < 1e-6
     assert len(list(evaluate.restore(network, O, 1, mirror=True))) == 1
 
@@ -104,3 +147,16 @@ def test_score_pairs_is_the_scores_of_8bit_images(saved, data_dir):
     joined = cv2.imread(str(paths[1])).astype(float)
     mse = ((joined[:, :48] - joined[:, 48:]) ** 2).mean()
     assert table[1, 0, 0] == pytest.approx(10 * np.log10(255**2 / mse))
+
+
+def test_pairs_are_scored_where_they_are_restored(saved, data_dir, device):
+    network, paths = saved[0].to(device), list_pairs(data_dir / "val")
+    how = (0.0, "float32", False)
+    devices = []
+    table, _ = evaluate.score_pairs(
+        network, paths, device, lambda path, O, restored, B, rows: devices.extend([O, B, *restored]), *how
+    )
+    assert {image.device for image in devices} == {device}
+    assert {image.dtype for image in devices} == {torch.uint8}
+    expected, _ = evaluate.score_pairs(network.cpu(), paths, CPU, lambda *_: None, *how)
+    assert np.abs(table - expected).max() < (0.02 if device.type == "cuda" else 1e-12)  # a level here and there

@@ -301,15 +301,16 @@ def counter():
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.5", reason="main.py does not compile with PyTorch 2.4")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("preset", ["sdsen_s2", "mcnn_sr"])
-def test_a_compiled_network_is_the_same_one(preset, repeated, counter):
+def test_a_compiled_network_is_the_same_one(preset, repeated, precision, counter):
     network = reduced(preset)
-    R, gradient = rain_layers_and_gradients(network)
+    R, gradient = rain_layers_and_gradients(network, precision)
     network.checkpoint_activations = repeated
     network.compile(backend=counter)
-    for _ in range(2):
-        compiled_R, compiled_gradient = rain_layers_and_gradients(network)
+    for _ in range(3):
+        compiled_R, compiled_gradient = rain_layers_and_gradients(network, precision)
         assert (compiled_R - R).abs().max() < 1e-5
         # As against the plain reference (test_bench.py): compiled code convolves directly, not by Winograd's method.
         assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()

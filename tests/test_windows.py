@@ -182,7 +182,7 @@ def test_each_stage_takes_windows_for_what_strips_do_not_have(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_an_image_too_large_for_a_gpu(precision, monkeypatch):
+def test_an_image_too_large_for_cuda(precision, monkeypatch):
     device = devices.pick_device("cuda")
     network, O = model.build("sdsen_s2").eval().to(device), torch.rand(3, 1500, 1000, device=device)
     with devices.autocast(precision, device):
