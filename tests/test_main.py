@@ -723,16 +723,20 @@ if __name__ == "__mp_main__":  # a worker, or the fork server, that still import
 sys.path.insert(0, {config!r})
 import common, main
 if __name__ == "__main__":
+    {first}
     multiprocessing.set_start_method({method!r})
     common.run_script(main.main)
 """
 
 
 @contextmanager
-def training_with_workers(places, folder, method, *words):
-    """A long run, leader of a process group, with two worker processes that are started by `method`."""
+def training_with_workers(places, folder, method, *words, first=""):
+    """A long run, leader of a process group, with two worker processes that are started by `method`.
+
+    `first` is Python code that runs before it.
+    """
     path = folder / "training.py"
-    path.write_text(WITH_WORKERS.format(folder=str(folder), config=str(ROOT / "config"), method=method))
+    path.write_text(WITH_WORKERS.format(folder=str(folder), config=str(ROOT / "config"), method=method, first=first))
     words = [*SMALL, *places, "--num_workers", 2, "--steps", 10**5, "--save_steps", 20, "--val_images", 1, *words]
     command = [sys.executable, str(path), "-a", "train", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -786,11 +790,14 @@ def test_workers_end_with_a_killed_training(places, tmp_path, method):
 
 
 @needs_groups
-def test_workers_do_not_keep_a_training_from_ending_by_an_error(places, tmp_path):
-    with training_with_workers(places, tmp_path, "fork", "--lr", "1e30", "--milestones") as process:
+@pytest.mark.parametrize(
+    ("words", "first", "status"), [(["--lr", 1e30, "--milestones"], "", 2), ([], "main.train_step = None", 1)]
+)
+def test_workers_do_not_keep_a_training_from_ending_by_an_error(places, tmp_path, words, first, status):
+    """Neither by one that the user sees, nor by another, whose traceback holds on to the batches."""
+    with training_with_workers(places, tmp_path, "fork", *words, first=first) as process:
         _, errors = rest_of_output(process)
-    assert process.returncode == 2
-    assert "Traceback" not in errors
+    assert process.returncode == status, errors
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
