@@ -56,6 +56,11 @@ def local() -> int:
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
 
 
+def local_count() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
 def is_first() -> bool:
     return rank() == 0
 

@@ -24,6 +24,7 @@ import show
 from common import ROOT, UserError
 from conftest import make_pair, write_vgg
 from dataset import list_pairs
+from fake_cuda import keep_on_cpu
 from model import DSEN
 from presets import PRESETS
 from settings import resolve
@@ -697,6 +698,29 @@ def test_clip_norm_bounds_the_network_and_the_segmentation_together():
     step = torch.nn.utils.parameters_to_vector(both.parameters()) - before
     assert step.norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert step[-96899:].norm() > 1e-5  # the segmentation's part
+
+
+# ---------------------------------------------------------------- on a card
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda:1", 1)])
+def test_commands_on_a_card(places, tmp_path, cards, monkeypatch, device, index):
+    """A rehearsal: what PyTorch is told about cards that it believes in, with the tensors on the CPU."""
+    cards((8, 0), (8, 0))
+    asked = keep_on_cpu(monkeypatch)
+    torch.cuda.set_device(0)
+    generator = torch.cuda.default_generators[index]
+    call("-a", "train", *SMALL[:-2], *LONG, *places, "--device", device, "--steps", 1)
+    saved = read(tmp_path, "latest")
+    assert torch.equal(saved.random["cuda"], generator.get_state())
+    assert saved.device == f"Card {index}"
+    generator.manual_seed(5)
+    call("-a", "train", *places, "--steps", 2)
+    assert torch.equal(saved.random["cuda"], generator.get_state())
+    call("-a", "test", "-m", "sdsen", *places)
+    show.main(["-m", "sdsen", *places])
+    assert set(asked) == {torch.device("cuda", index)}
 
 
 # ---------------------------------------------------------------- interruption
