@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -191,6 +192,28 @@ def test_gathered_shares_are_in_order_again(total, count, monkeypatch):
     items = [f"image {i}" for i in range(total)]
     everything = [items[rank::count] for rank in range(count)]
     assert ranks.gather(everything[0]) == items
+
+
+def test_ranks_meet_on_the_cpu_beside_a_card(cards, monkeypatch):
+    """A barrier may go through NCCL, which needs a card for each rank: with `--device cpu` they share a machine's."""
+    cards((8, 0))
+    groups, places = [], []
+    replaced = SimpleNamespace(
+        is_available=lambda: True,
+        is_torchelastic_launched=lambda: True,
+        is_initialized=lambda: bool(groups),
+        init_process_group=groups.append,
+        destroy_process_group=groups.clear,
+        get_world_size=lambda: 2,
+        get_rank=lambda: 0,
+        all_reduce=lambda tensor: places.append(tensor.device),
+    )
+    monkeypatch.setattr(ranks, "dist", replaced)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with ranks.joined():
+        assert groups == ["cpu:gloo,cuda:nccl"]
+    assert places == [torch.device("cpu")]
+    assert not groups
 
 
 # ---------------------------------------------------------------- training
