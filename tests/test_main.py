@@ -768,7 +768,7 @@ def training_with_workers(places, folder, method, *words, first=""):
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
