@@ -3,11 +3,17 @@
 One file a pair: the clean background `B` on the left half, the rainy image `O` on the right half, in cv2's BGR order.
 """
 
+import atexit
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -29,6 +35,7 @@ from settings import Settings
 Images = tuple[np.ndarray, ...]  # B, then O unless rain is drawn on it, (H, W, 3) uint8, then labels (H, W) if any
 LABELS = "label"  # folder of them beside the pairs
 SCALES = (0.7, 1.4)  # of aug_data "scale"
+STOPS = (signal.SIGINT, signal.SIGTERM)  # what asks a training to end
 TURNS = 30.0  # degrees to either side for aug_data "rotate", section 3.2
 
 
@@ -246,14 +253,66 @@ def training_batches(dataset: CropDataset, first_step: int, device: torch.device
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a seed, which must not come from the training's generator
+        worker_init_fn=_init_worker,
     )
-    return iter(loader) if workers else _one_ahead(iter(loader))
+    return _from_workers(loader) if workers else _one_ahead(iter(loader))
 
 
 def _spare_cores() -> int:
     """Processes that may draw rain for one rank: 1 to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def _from_workers(loader: DataLoader) -> Iterator:
+    """The loader's batches. Its workers end with this iterator or, if something still holds that, with the program."""
+    others, workers = multiprocessing.active_children(), []
+    with ExitStack() as ending:
+        # Python ends by sending SIGTERM to its child processes and waiting for them. Workers ignore it, so they must be
+        # gone by then: PyTorch asks them to end, and whichever has not done so after some seconds is killed.
+        atexit.register(ending.close)
+        ending.callback(atexit.unregister, ending.close)
+        ending.callback(lambda: [process.kill() for process in workers])
+        try:
+            with _blocked_stops():
+                batches = iter(loader)
+        finally:
+            workers += [process for process in multiprocessing.active_children() if process not in others]
+        ending.callback(batches._shutdown_workers)
+        yield from batches
+
+
+@contextmanager
+def _blocked_stops() -> Iterator[None]:
+    """Within this, STOPS wait, and new processes start with them blocked: a worker imports for seconds before its init.
+
+    A fork server that starts within blocks them for good.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # which unblocks them when it starts the tracker
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(_: int) -> None:
+    """Leave STOPS, which a terminal or a scheduler sends to the whole process group, to the parent, and end with it."""
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """PyTorch watches the process that forked the worker: a fork server lives on as long as the worker does."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _one_ahead(batches: Iterator) -> Iterator:

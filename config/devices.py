@@ -14,8 +14,8 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 def pick_device(name: str) -> torch.device:
     """The device of a settings' `device`; "auto" is the first of cuda, mps and cpu that there is. Raises UserError.
 
-    Of several processes on one machine, each gets a CUDA GPU of its own. There float32 means float32 from here on:
-    PyTorch's convolutions would round their inputs to ten bits (TF32).
+    A CUDA device has an index, and is the process's current one from here on; of several processes on one machine, each
+    gets one of its own. There float32 means float32: PyTorch's convolutions would round inputs to ten bits (TF32).
     """
     there = [kind for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if backend.is_available()]
     there.append("cpu")
@@ -25,14 +25,20 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is none of auto, cpu, mps, cuda, cuda:N") from None
     if device.type not in there:
         raise UserError(f"device {name!r}: PyTorch sees no such device here; there is {', '.join(there)}")
-    if device.type == "cuda":
-        if device.index is None and ranks.count() > 1:
-            device = torch.device("cuda", ranks.local())
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False
-    return device
+    if device.type != "cuda":
+        return device
+    index = device.index
+    if ranks.local_count() > 1:
+        if index is not None:
+            raise UserError(f"device {name}: {ranks.local_count()} processes can't share it; --device cuda is one each")
+        index = ranks.local()
+    elif index is None:
+        index = torch.cuda.current_device()
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device cuda:{index}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", index)
 
 
 def describe(device: torch.device) -> str:

@@ -30,7 +30,9 @@ def joined():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
-        dist.barrier()  # nobody leaves while another still has to tell him something
+        # Nobody leaves while another still has to tell him something. A barrier may go through NCCL, which needs a card
+        # for each rank even where all compute on the CPU.
+        total([0.0])
     except RuntimeError as error:
         if is_lost(error):
             raise UserError(ENDED) from None
@@ -54,6 +56,11 @@ def rank() -> int:
 def local() -> int:
     """The rank among those of this machine."""
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+
+
+def local_count() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
 
 
 def is_first() -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from devices import pick_device
+from fake_cuda import FakeCuda
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
@@ -16,6 +17,18 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     return pick_device(request.param)  # which makes float32 on a GPU float32
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Makes a machine with GPUs of these compute capabilities: `cards((8, 0), (7, 5))`."""
+
+    def make(*capabilities: tuple[int, int]) -> FakeCuda:
+        fake = FakeCuda(*capabilities)
+        fake.install(monkeypatch)
+        return fake
+
+    return make
 
 
 def make_pair(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,11 @@
 """Crops and their rain: aligned, a function of (seed, step, sample), without invented borders; and the first scan."""
 
 import dataclasses
+import multiprocessing
 import shutil
+import signal
 import time
+from multiprocessing.process import BaseProcess
 
 import cv2
 import numpy as np
@@ -122,6 +125,38 @@ def test_processes_that_make_crops(data_dir, monkeypatch, num_workers, device, s
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     training_batches(dataset(data_dir, num_workers=num_workers, rain=style), 0, torch.device(device))
     assert asked == [workers]
+
+
+def test_workers_end_with_their_batches(data_dir):
+    """Also where batches are made that nobody takes; signals that were blocked while they started are not any more."""
+    others, blocked = multiprocessing.active_children(), blocked_signals()
+    coming = training_batches(dataset(data_dir, num_workers=2, steps=100), 0, torch.device("cpu"))
+    next(coming)
+    assert len(multiprocessing.active_children()) == len(others) + 2
+    assert blocked_signals() == blocked
+    coming.close()
+    assert multiprocessing.active_children() == others
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of PyTorch's half-made loader
+def test_workers_end_where_one_of_them_cannot_start(data_dir, monkeypatch):
+    def start(process):
+        if len(multiprocessing.active_children()) > len(others):
+            raise BlockingIOError
+        begin(process)
+
+    others, blocked, begin = multiprocessing.active_children(), blocked_signals(), BaseProcess.start
+    monkeypatch.setattr(BaseProcess, "start", start)
+    with pytest.raises(BlockingIOError):
+        next(training_batches(dataset(data_dir, num_workers=2), 0, torch.device("cpu")))
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert multiprocessing.active_children() == others
+    assert blocked_signals() == blocked
+
+
+def blocked_signals():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, []) if hasattr(signal, "pthread_sigmask") else set()
 
 
 @pytest.mark.parametrize("style", ["", "rain100h"])

@@ -6,6 +6,7 @@ import torch
 import devices
 import evaluate
 import model
+import ranks
 from common import UserError
 from settings import resolve
 
@@ -21,6 +22,87 @@ def test_pick_device():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="PyTorch sees no such device here; there is"):
             devices.pick_device("cuda")
+
+
+AMPERE, TURING = (8, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "current", "index"), [("auto", 0, 0), ("cuda", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1), ("cuda:0", 1, 0)]
+)
+def test_a_card_is_picked_by_its_index(cards, name, current, index):
+    """The one that is named, or that the process has chosen already; from here on it has chosen this one."""
+    fake = cards(AMPERE, TURING)
+    fake.choose(current)
+    assert devices.pick_device(name) == torch.device("cuda", index)
+    assert fake.current == index
+    assert devices.describe(torch.device("cuda", index)) == f"Card {index}"
+
+
+def test_float32_is_not_rounded_on_a_card(cards):
+    cards(AMPERE)
+    assert torch.backends.cudnn.allow_tf32
+    devices.pick_device("cuda")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("names", [["cuda:2"], ["cuda:0", "cuda:7"]])
+def test_a_card_that_is_not_there_is_refused(cards, names):
+    fake = cards(AMPERE, AMPERE)
+    *good, bad = names
+    for name in good:
+        devices.pick_device(name)
+    with pytest.raises(UserError):
+        devices.pick_device(bad)
+    assert fake.current == 0
+
+
+def be_rank(patch, local, here, count=None):
+    """This process is number `local` of `here` ones on its machine, of `count` in all."""
+    patch.setattr(ranks, "count", lambda: count or here)
+    patch.setenv("LOCAL_RANK", str(local))
+    patch.setenv("LOCAL_WORLD_SIZE", str(here))
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+@pytest.mark.parametrize("local", [0, 1, 2])
+def test_each_process_has_a_card_of_its_own(cards, monkeypatch, name, local):
+    fake = cards(AMPERE, AMPERE, AMPERE)
+    be_rank(monkeypatch, local, 3)
+    assert devices.pick_device(name) == torch.device("cuda", local)
+    assert fake.current == local
+
+
+@pytest.mark.parametrize(("local", "name"), [(2, "auto"), (2, "cuda"), (0, "cuda:0"), (1, "cuda:0")])
+def test_processes_that_would_share_a_card_are_refused(cards, monkeypatch, local, name):
+    cards(AMPERE, AMPERE)
+    be_rank(monkeypatch, local, 3)
+    with pytest.raises(UserError):
+        devices.pick_device(name)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_one_process_a_machine_may_name_its_card(cards, monkeypatch, name, index):
+    cards(AMPERE, AMPERE)
+    be_rank(monkeypatch, 0, 1, count=2)
+    assert devices.pick_device(name) == torch.device("cuda", index)
+
+
+def test_the_cpu_is_picked_beside_a_card(cards, monkeypatch):
+    """By several processes too, and without a word to CUDA."""
+    cards(AMPERE)
+    be_rank(monkeypatch, 1, 2)
+    assert devices.pick_device("cpu") == CPU
+    assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.parametrize(("capability", "has_bf16"), [((6, 1), False), (TURING, False), (AMPERE, True), ((9, 0), True)])
+def test_bf16_by_the_cards_generation(cards, capability, has_bf16):
+    """Of the card that is picked, not of the first."""
+    cards((12, 0) if not has_bf16 else (5, 0), capability)
+    device = devices.pick_device("cuda:1")
+    assert [devices.is_bf16(precision, device) for precision in ("auto", "bf16", "float32")] == [has_bf16, True, False]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import csv
 import hashlib
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 
 import cv2
 import numpy as np
@@ -21,6 +24,7 @@ import show
 from common import ROOT, UserError
 from conftest import make_pair, write_vgg
 from dataset import list_pairs
+from fake_cuda import keep_on_cpu
 from model import DSEN
 from presets import PRESETS
 from settings import resolve
@@ -703,6 +707,29 @@ def test_clip_norm_bounds_the_network_and_the_segmentation_together():
     assert step[-96899:].norm() > 1e-5  # the segmentation's part
 
 
+# ---------------------------------------------------------------- on a card
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda:1", 1)])
+def test_commands_on_a_card(places, tmp_path, cards, monkeypatch, device, index):
+    """A rehearsal: what PyTorch is told about cards that it believes in, with the tensors on the CPU."""
+    cards((8, 0), (8, 0))
+    asked = keep_on_cpu(monkeypatch)
+    torch.cuda.set_device(0)
+    generator = torch.cuda.default_generators[index]
+    call("-a", "train", *SMALL[:-2], *LONG, *places, "--device", device, "--steps", 1)
+    saved = read(tmp_path, "latest")
+    assert torch.equal(saved.random["cuda"], generator.get_state())
+    assert saved.device == f"Card {index}"
+    generator.manual_seed(5)
+    call("-a", "train", *places, "--steps", 2)
+    assert torch.equal(saved.random["cuda"], generator.get_state())
+    call("-a", "test", "-m", "sdsen", *places)
+    show.main(["-m", "sdsen", *places])
+    assert set(asked) == {torch.device("cuda", index)}
+
+
 # ---------------------------------------------------------------- interruption
 
 
@@ -712,17 +739,102 @@ def start_long_run(places, *words):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(path, seconds=60):
+def wait_for(folder, pattern, seconds=60):
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} was not written"
+    while not any(folder.glob(pattern)):
+        assert time.monotonic() < end, f"{folder / pattern} was not written"
         time.sleep(0.05)
+
+
+WITH_WORKERS = """
+import multiprocessing, os, pathlib, sys, time
+if __name__ == "__mp_main__":  # a worker, or the fork server, that still imports
+    pathlib.Path({folder!r}, f"importing_{{os.getpid()}}").touch()
+    time.sleep(0.5)
+sys.path.insert(0, {config!r})
+import common, main
+if __name__ == "__main__":
+    {first}
+    multiprocessing.set_start_method({method!r})
+    common.run_script(main.main)
+"""
+
+
+@contextmanager
+def training_with_workers(places, folder, method, *words, first=""):
+    """A long run, leader of a process group, with two worker processes that are started by `method`.
+
+    `first` is Python code that runs before it.
+    """
+    path = folder / "training.py"
+    path.write_text(WITH_WORKERS.format(folder=str(folder), config=str(ROOT / "config"), method=method, first=first))
+    words = [*SMALL, *places, "--num_workers", 2, "--steps", 10**5, "--save_steps", 20, "--val_images", 1, *words]
+    command = [sys.executable, str(path), "-a", "train", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def rest_of_output(process):
+    """What a group prints on stdout and stderr. These end with the last of its processes: a left-over one times out."""
+    return process.communicate(timeout=60)
+
+
+needs_groups = pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are POSIX's")
+
+
+@needs_groups
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("fork", signal.SIGTERM), ("fork", signal.SIGINT), ("spawn", signal.SIGTERM), ("forkserver", signal.SIGTERM)],
+)
+def test_interrupt_of_the_process_group_saves_with_workers(places, tmp_path, method, name):
+    """Sent twice, as `timeout` does, and to a worker that still imports."""
+    with training_with_workers(places, tmp_path, method) as process:
+        if method != "fork":
+            wait_for(tmp_path, "importing_*")
+            for path in tmp_path.glob("importing_*"):
+                os.kill(int(path.stem.split("_")[1]), name)
+        wait_for(tmp_path / "model_dir", "sdsen/latest.pth")
+        for _ in range(2):
+            os.killpg(process.pid, name)
+        output, errors = rest_of_output(process)
+    assert process.returncode == 0, output + errors
+    assert "Traceback" not in errors
+    step = read(tmp_path, "latest").step
+    assert re.findall(r"stopped at step (\d+)", output) == [str(step)]
+    call("-a", "train", *places, "--num_workers", 0, "--steps", step + 1)
+    assert read(tmp_path, "latest").step == step + 1
+
+
+@needs_groups
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_killed_training(places, tmp_path, method):
+    with training_with_workers(places, tmp_path, method) as process:
+        wait_for(tmp_path / "model_dir", "sdsen/latest.pth")
+        process.kill()
+        rest_of_output(process)
+
+
+@needs_groups
+@pytest.mark.parametrize(
+    ("words", "first", "status"), [(["--lr", 1e30, "--milestones"], "", 2), ([], "main.train_step = None", 1)]
+)
+def test_workers_do_not_keep_a_training_from_ending_by_an_error(places, tmp_path, words, first, status):
+    """Neither by one that the user sees, nor by another, whose traceback holds on to the batches."""
+    with training_with_workers(places, tmp_path, "fork", *words, first=first) as process:
+        _, errors = rest_of_output(process)
+    assert process.returncode == status, errors
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_finishes_the_step_and_saves(places, tmp_path, name):
     process = start_long_run(places)
-    wait_for(tmp_path / "model_dir" / "sdsen" / "latest.pth")
+    wait_for(tmp_path / "model_dir", "sdsen/latest.pth")
     process.send_signal(name)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -734,7 +846,7 @@ def test_interrupt_finishes_the_step_and_saves(places, tmp_path, name):
 def test_a_run_is_trained_by_one_process_at_a_time(places, tmp_path):
     process = start_long_run(places)
     try:
-        wait_for(tmp_path / "model_dir" / "sdsen" / "latest.pth")
+        wait_for(tmp_path / "model_dir", "sdsen/latest.pth")
         with pytest.raises(UserError, match="run sdsen is in training already, by another process"):
             call("-a", "train", *places)
         call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--run", "other")
@@ -748,7 +860,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(places, tmp_path):
 
 def test_kill_leaves_the_last_good_checkpoint_and_the_steps_go_on(places, tmp_path):
     process = start_long_run(places, "--save_minutes", 0)  # writes a checkpoint in every step
-    wait_for(tmp_path / "model_dir" / "sdsen" / "step_20.pth")
+    wait_for(tmp_path / "model_dir", "sdsen/step_20.pth")
     process.kill()
     process.communicate()
     step = read(tmp_path, "latest").step

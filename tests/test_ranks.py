@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -152,7 +153,8 @@ def train_in_ranks(folder, count, run, *words):
 
 
 def test_one_process_is_the_first_and_has_everything():
-    assert (ranks.count(), ranks.rank(), ranks.local(), ranks.is_first()) == (1, 0, 0, True)
+    assert (ranks.count(), ranks.rank(), ranks.is_first()) == (1, 0, True)
+    assert (ranks.local_count(), ranks.local()) == (1, 0)
     assert ranks.part(7) == range(7)
     assert ranks.share([3, 1, 2]) == [3, 1, 2]
     assert ranks.gather([3, 1, 2]) == [3, 1, 2]
@@ -190,6 +192,28 @@ def test_gathered_shares_are_in_order_again(total, count, monkeypatch):
     items = [f"image {i}" for i in range(total)]
     everything = [items[rank::count] for rank in range(count)]
     assert ranks.gather(everything[0]) == items
+
+
+def test_ranks_meet_on_the_cpu_beside_a_card(cards, monkeypatch):
+    """A barrier may go through NCCL, which needs a card for each rank: with `--device cpu` they share a machine's."""
+    cards((8, 0))
+    groups, places = [], []
+    replaced = SimpleNamespace(
+        is_available=lambda: True,
+        is_torchelastic_launched=lambda: True,
+        is_initialized=lambda: bool(groups),
+        init_process_group=groups.append,
+        destroy_process_group=groups.clear,
+        get_world_size=lambda: 2,
+        get_rank=lambda: 0,
+        all_reduce=lambda tensor: places.append(tensor.device),
+    )
+    monkeypatch.setattr(ranks, "dist", replaced)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with ranks.joined():
+        assert groups == ["cpu:gloo,cuda:nccl"]
+    assert places == [torch.device("cpu")]
+    assert not groups
 
 
 # ---------------------------------------------------------------- training
