@@ -165,30 +165,32 @@ class HalfConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(half: Tensor, filters: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(half: Tensor, filters: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
         """`half` (O', I, 5, 5) is `Filters.half` of `filters` (O, I, 5, 5); inputs (N, I_k, H, W), I of them in all."""
-        x = side_by_side(inputs)
-        return F.conv2d(x, half, padding=HALO)[:, : len(filters)]
+        if bias is not None:
+            bias = F.pad(bias, (0, len(half) - len(filters))).to(half.dtype)
+        return F.conv2d(side_by_side(inputs), half, bias, padding=HALO)[:, : len(filters)]
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        half, filters, _, *images = inputs
+        ctx.save_for_backward(half, filters, *images)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         half, filters, *inputs = ctx.saved_tensors
-        x = side_by_side(inputs)
+        d_bias = gradient.sum((0, 2, 3), dtype=filters.dtype) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled():  # second-order gradients are asked for, also those with respect to the filters
             half = filters.to(half.dtype)
         else:
             gradient = _widened(gradient, len(half))
-        needs = [any(ctx.needs_input_grad[2:]), ctx.needs_input_grad[1], False]
+        needs = [any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[1], False]
         d_x, d_filters, _ = torch.ops.aten.convolution_backward(
-            gradient, x, half, None, [1, 1], [HALO, HALO], [1, 1], False, [0, 0], 1, needs
+            gradient, side_by_side(inputs), half, None, [1, 1], [HALO, HALO], [1, 1], False, [0, 0], 1, needs
         )
         d_filters = None if d_filters is None else d_filters[: len(filters)].to(filters.dtype)
-        d_inputs = [None] * len(inputs) if d_x is None else d_x.split([y.shape[1] for y in inputs], 1)
-        return None, d_filters, *d_inputs
+        d_inputs = [None] * len(inputs) if d_x is None else d_x.split([x.shape[1] for x in inputs], 1)
+        return None, d_filters, d_bias, *d_inputs
 
 
 def _widened(x: Tensor, channels: int) -> Tensor:
@@ -233,10 +235,9 @@ def conv2d(inputs: Sequence[Tensor], filters: Filters, constant: Tensor | None =
     if winograd_fits(inputs, filters.filters):
         return Convolution.apply(filters, filters.matrices, filters.filters, filters.bias, *inputs)
     if dtype is not None and (torch.compiler.is_compiling() or _shared.layers is not None):
-        y = HalfConvolution.apply(filters.half(dtype), filters.filters, *(x.to(dtype) for x in inputs))
-        return y if filters.bias is None else y + filters.bias.to(dtype)[:, None, None]
-    x = side_by_side(inputs)
-    return F.conv2d(x, filters.filters, filters.bias, padding=HALO)
+        inputs = [x.to(dtype) for x in inputs]
+        return HalfConvolution.apply(filters.half(dtype), filters.filters, filters.bias, *inputs)
+    return F.conv2d(side_by_side(inputs), filters.filters, filters.bias, padding=HALO)
 
 
 def spread_constant(filters: Tensor, constant: Tensor, height: int, width: int) -> Tensor:
