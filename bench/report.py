@@ -76,7 +76,7 @@ TARGETS: tuple[tuple[str, Callable[[Numbers], str], str], ...] = (
     ("S-DSEN, several images at once, per image", _each_of_several, "8 ms"),
     ("images in 16 bits against float32, 99.9th percentile, of 255 levels", _change_of_images, "within 0.25"),
     ("S-DSEN, peak memory of a training step", _memory, ""),
-    ("waiting for crops, rain drawn while training", _waiting, "under 10 %"),
+    ("waiting for crops, synthetic rain", _waiting, "under 10 %"),
     ("PSNR of a training in bf16 against float32", _curve, "within 0.1 dB"),
 )
 

@@ -19,6 +19,7 @@ from devices import autocast_dtype
 WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled
 SEEN_BEFORE = 2  # images of a shape that go their usual way; from the next on a graph pays
 MOST_SHAPES = 8  # that graphs are kept for
+MOST_PIXELS = 2**20  # of an image; a larger one keeps the GPU busy anyhow, and its graph would keep much memory
 
 
 class Replay:
@@ -34,16 +35,16 @@ class Replay:
     ):
         self.inputs = [x.clone() for x in examples]
         self.parameters = parameters
+        self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with _without_autocast_cache(), torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 function(*self.inputs)
+            # Other threads, which fetch the next crops, may go on meanwhile.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                self.outputs = function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which fetch the next crops, may go on meanwhile.
-        with torch.cuda.stream(side), torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-            self.outputs = function(*self.inputs)
         self.gradients = [parameter.grad for parameter in parameters]
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -53,6 +54,18 @@ class Replay:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         return self.outputs
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Within this, 16-bit copies of weights are made where they are used: those in autocast's cache end with it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 class Replays:
@@ -69,7 +82,8 @@ class Replays:
     def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
         key = (image.shape, stage_num, autocast_dtype(image))
         self.seen[key] += 1
-        if self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < MOST_SHAPES:
+        small = image.shape[0] * image.shape[-2] * image.shape[-1] <= MOST_PIXELS
+        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < MOST_SHAPES:
             self.graphs[key] = record(lambda x: self.function(x, stage_num), [image])
         replay = self.graphs.get(key)
         if replay is None:

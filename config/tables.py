@@ -292,6 +292,12 @@ class Job:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         self.part = part
 
+    def is_stopped(self, asked: bool) -> bool:
+        """Whether the process, which has ended, left work behind, now that all were `asked` to end or were not."""
+        if self.part == "test":
+            return bool(self.process.returncode)
+        return asked or self.step < self.settings.steps
+
     def last_line(self) -> str:
         lines = (self.settings.log_path / "tables.log").read_text(errors="replace").splitlines()
         return lines[-1] if lines else "without a word"
@@ -332,15 +338,15 @@ def run_rows(
                 archive.keep_current()
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                if job.process.returncode:
+                if job.process.returncode and not stop.asked:
                     missed.append(job)
                     log.warning(f"{job.row.name}: {job.part} ended with {job.last_line()!r}")
+                elif job.is_stopped(stop.asked):
+                    missed.append(job)
+                    log.info(f"{job.row.name}: stopped at step {job.step} of {job.settings.steps}")
                 elif job.part == "test":
                     result = write_result(job.row, job.settings)
                     log.info(f"{job.row.name}: {_scores(result)}, {RESULTS / job.row.name}.json")
-                elif job.step < job.settings.steps or stop.asked:
-                    missed.append(job)
-                    log.info(f"{job.row.name}: stopped at step {job.step} of {job.settings.steps}")
                 else:
                     job.start("test", environment)
                     running.append(job)

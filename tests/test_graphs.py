@@ -113,17 +113,25 @@ def test_replayed_images_are_the_images(precision, device, recorder):
         assert [graph.replays for graph in recorder.made] == [4, 1, 2]  # 5 + 1 of the first shape, less the first two
 
 
-def test_replayed_images_follow_the_weights(device, recorder):
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", ["dsen", "coarse2fine_s2", "php"])
+def test_replayed_images_follow_the_weights(name, precision, device, recorder):
     torch.manual_seed(0)
-    network = model.build(settings_of()).to(device).eval()
-    image, replays = torch.rand(1, 3, 9, 14).to(device), graphs.Replays(network)
-    with torch.no_grad():
-        before = [replays(image, 2)[-1] for _ in range(4)][-1]
-        for parameter in network.parameters():
-            parameter.data.mul_(1.5)  # which raises no version counter
-        after = replays(image, 2)[-1]
-        assert (after - before).abs().max() > 1e-3
-        assert (after - network(image, 2)[-1]).abs().max() < 1e-6
+    network = model.build(settings_of() if name == "dsen" else name).to(device).eval()
+    image, replays, stages = torch.rand(1, 3, 9, 14).to(device), graphs.Replays(network), network.output_num
+
+    def last(function):
+        with torch.no_grad(), autocast(precision, device):  # as `evaluate.restore` does, for each image anew
+            return function(image, stages)[-1]
+
+    before = [last(replays) for _ in range(4)][-1]
+    for parameter in network.parameters():
+        parameter.data.mul_(1.5)  # which raises no version counter
+    after = last(replays)
+    assert (after - before).abs().max() > 1e-3
+    assert (after - last(network)).abs().max() < (1e-5 if precision == "float32" else 5e-3) * after.abs().max()
+    if recorder:
+        assert [graph.replays for graph in recorder.made] == [3]
 
 
 def test_graphs_are_for_cuda_and_end_with_their_context():
@@ -148,3 +156,12 @@ def test_memory_is_bounded_by_the_number_of_shapes(device, recorder, monkeypatch
             assert doubled.unique().tolist() == [2.0]
     per_graph = graphs.SEEN_BEFORE + graphs.WARM_UP + 1
     assert len(calls) == 2 * per_graph + 4
+
+
+def test_large_images_are_not_recorded(device, recorder, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_PIXELS", 2 * 4 * 5)
+    for number, recorded in ((2, True), (3, False)):
+        replays = graphs.Replays(lambda image, stage_num: [image * 2])
+        for _ in range(4):
+            replays(torch.ones(number, 3, 4, 5, device=device), 1)
+        assert bool(replays.graphs) == recorded
