@@ -449,10 +449,12 @@ def _table(
 ) -> Iterator[str]:
     """The lines of a table; none where it would be empty."""
     lines = []
-    for row in (Row(preset, data) for preset in presets for data in DATA):
+    rows = [Row(preset, data) for preset in presets for data in DATA]
+    short = {row.data for row in rows if row in found and not any(map(is_full, found[row]))}  # sets with such rows
+    for row in rows:
         results = found.get(row, [])
-        if not in_full:  # shorter runs only where there is no full one
-            results = [result for result in results if is_full(result)] or results
+        if not in_full and row.data not in short:  # else the short runs are what can be compared
+            results = [result for result in results if is_full(result)]
         cells = [_cells(result, row.paper) for result in results]
         if in_full and not results:
             cells = [["no run yet", "", row.paper, "", "", "", f"`{row.name}`"]]
