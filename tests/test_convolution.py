@@ -282,6 +282,21 @@ def test_a_16_bit_convolution_and_its_gradients(channels, padded, dtype, monkeyp
         assert (one.double() - other).norm() < 2 * epsilon * other.double().norm()
 
 
+@pytest.mark.parametrize("channels", [(10,), (20, 20)])
+def test_padding_leaves_outputs_and_gradients_as_they_are(channels):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, count, 9, 12, requires_grad=True) for count in channels]
+    filters = (torch.randn(10, sum(channels), 5, 5) * 0.05).requires_grad_()
+    bias, gradient = torch.randn(10, requires_grad=True), torch.randn(2, 10, 9, 12)
+    leaves = (*inputs, filters, bias)
+    padded = F.pad(filters.detach(), (0, 0, 0, 0, 0, 0, 0, 22))
+    y = convolution.HalfConvolution.apply(padded, filters, bias, *inputs)
+    expected = F.conv2d(torch.cat(inputs, 1), filters, bias, padding=2)
+    assert (y - expected).abs().max() < 1e-5
+    pairs = zip(*(torch.autograd.grad(out, leaves, gradient) for out in (y, expected)), strict=True)
+    assert all((one - other).norm() < 1e-5 * other.norm() for one, other in pairs)
+
+
 def test_gradients_of_several_passes_add_up_in_float32():
     torch.manual_seed(0)
     x, filters = torch.randn(1, 8, 6, 6), torch.randn(8, 8, 5, 5, requires_grad=True)

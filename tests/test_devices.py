@@ -97,12 +97,27 @@ def test_the_cpu_is_picked_beside_a_card(cards, monkeypatch):
     assert not torch.cuda.is_initialized()
 
 
-@pytest.mark.parametrize(("capability", "has_bf16"), [((6, 1), False), (TURING, False), (AMPERE, True), ((9, 0), True)])
-def test_bf16_by_the_cards_generation(cards, capability, has_bf16):
-    """Of the card that is picked, not of the first."""
-    cards((12, 0) if not has_bf16 else (5, 0), capability)
-    device = devices.pick_device("cuda:1")
-    assert [devices.is_bf16(precision, device) for precision in ("auto", "bf16", "float32")] == [has_bf16, True, False]
+GENERATIONS = {  # capability: what "auto" is in training, and for inference
+    (6, 1): (torch.float32, torch.float32),  # Pascal, which computes slowly in float16
+    (7, 0): (torch.float32, torch.float16),
+    (7, 5): (torch.float32, torch.float16),
+    (8, 0): (torch.bfloat16, torch.float16),
+    (9, 0): (torch.bfloat16, torch.float16),
+    (12, 0): (torch.bfloat16, torch.float16),
+}
+
+
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_precision_by_the_cards_generation(cards, capability):
+    other = (12, 0) if capability < (8, 0) else (5, 0)
+    cards(other, capability)
+    device = torch.device("cuda", 1)
+    assert (
+        tuple(devices.compute_dtype("auto", device, training) for training in (True, False)) == GENERATIONS[capability]
+    )
+    for training in (True, False):
+        assert devices.compute_dtype("float32", device, training) == torch.float32
+        assert devices.compute_dtype("bf16", device, training) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 import checkpoint as checkpoints
+import fake_graphs
 import losses
 import main
 import show
@@ -716,9 +717,10 @@ def test_commands_on_a_card(places, tmp_path, cards, monkeypatch, device, index)
     """A rehearsal: what PyTorch is told about cards that it believes in, with the tensors on the CPU."""
     cards((8, 0), (8, 0))
     asked = keep_on_cpu(monkeypatch)
+    fake_graphs.install(monkeypatch)
     torch.cuda.set_device(0)
     generator = torch.cuda.default_generators[index]
-    call("-a", "train", *SMALL[:-2], *LONG, *places, "--device", device, "--steps", 1)
+    call("-a", "train", *SMALL[:-2], *LONG, *places, "--group", "z2", "--device", device, "--steps", 1)
     saved = read(tmp_path, "latest")
     assert torch.equal(saved.random["cuda"], generator.get_state())
     assert saved.device == f"Card {index}"
@@ -728,6 +730,67 @@ def test_commands_on_a_card(places, tmp_path, cards, monkeypatch, device, index)
     call("-a", "test", "-m", "sdsen", *places)
     show.main(["-m", "sdsen", *places])
     assert set(asked) == {torch.device("cuda", index)}
+
+
+PLANES = "--group z2 --channel 5 --precision float32 --device cuda".split()  # what the CPU's own code doesn't take
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize(
+    "words", ["--clip_norm 0.01", "--average 0.5 --loss ssim_l1", "--optimizer soap", "--stage_num 4 --grow 2"]
+)
+def test_a_training_of_replayed_steps_is_the_training(places, tmp_path, cards, monkeypatch, words):
+    """A rehearsal with recorded operations; a run that is interrupted and resumed records anew."""
+    cards((8, 0))
+    keep_on_cpu(monkeypatch)
+    recorder = fake_graphs.install(monkeypatch)
+    monkeypatch.setattr(main, "COMPILE_STEPS", 10**6)
+    words = [*SMALL[:-2], *LONG, *places, *PLANES, *words.split()]
+    call("-a", "train", *words, "--run", "replayed", "--steps", 3)
+    call("-a", "train", *words, "--run", "replayed", "--steps", 5)
+    replays = [graph.replays for graph in recorder.made]
+    assert sum(replays) == 5
+    assert len(replays) == (3 if "--grow" in words else 2)
+    call("-a", "train", *words, "--run", "launched", "--steps", 5, "--cuda_graphs", "off")
+    assert len(recorder.made) == len(replays)
+    found, wanted = (read(tmp_path, "latest", run) for run in ("replayed", "launched"))
+    pairs = zip((found.average or found.network).values(), (wanted.average or wanted.network).values(), strict=True)
+    for one, other in pairs:
+        assert (one - other).abs().max() < 1e-5
+    for name, curve in scalars(tmp_path / "log_dir" / "launched").items():
+        if name.startswith("train/stage"):
+            replayed = [value for _, value in scalars(tmp_path / "log_dir" / "replayed")[name]]
+            assert replayed == pytest.approx([value for _, value in curve], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize(
+    "words", ["--accumulate 2", "--checkpoint_activations true", "--backprop_stages 2", "--device cpu"]
+)
+def test_steps_that_cannot_be_replayed(places, cards, monkeypatch, words):
+    cards((8, 0))
+    keep_on_cpu(monkeypatch)
+    recorder = fake_graphs.install(monkeypatch)
+    words = [*SMALL[:-2], "--stage_num", 3, *LONG, *places, *PLANES, "--steps", 1, *words.split()]
+    call("-a", "train", *words)
+    assert recorder.made == []
+    with pytest.raises(UserError):
+        call("-a", "train", *words, "--run", "asked", "--cuda_graphs", "on")
+
+
+def test_float16_is_not_for_training(places):
+    with pytest.raises(UserError):
+        call("-a", "train", *SMALL, *places, "--steps", 1, "--precision", "fp16")
+
+
+def test_float16_is_for_tests(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    scores = {}
+    for precision in ("float32", "fp16"):
+        call("-a", "test", "-m", "sdsen", *places, "--precision", precision)
+        rows = read_csv(tmp_path / "log_dir" / "sdsen" / "test_best.csv")
+        scores[precision] = [float(row["psnr_stage_2"]) for row in rows]
+    assert scores["fp16"] == pytest.approx(scores["float32"], abs=0.02)
 
 
 # ---------------------------------------------------------------- interruption
