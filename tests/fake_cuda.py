@@ -51,6 +51,7 @@ class FakeCuda:
         }
         for name, value in state.items():
             patch.setattr(torch.cuda, name, value, raising=False)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
