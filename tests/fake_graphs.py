@@ -1,7 +1,7 @@
 """CUDA graphs without a GPU: what PyTorch's graph API does, on the CPU, as strictly as the real one.
 
-Operations are recorded as they run, and replayed on the same memory. What a CUDA graph can't hold, a value that is read
-from the device, is a RuntimeError, as there.
+Operations are recorded as they run, and replayed on the same memory. What a CUDA graph can't hold is a RuntimeError, as
+there: a value that is read from the device, and one of Python's that is copied to it.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -38,6 +38,9 @@ def _memory(x: object) -> int | None:
     return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else None
 
 
+WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)  # item(), torch.tensor(..)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: FakeGraph):
         super().__init__()
@@ -45,7 +48,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function in WAITS:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         outputs = function(*arguments, **keywords)
         self.graph.operations.append((function, arguments, keywords, outputs))

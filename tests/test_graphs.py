@@ -8,6 +8,7 @@ import graphs
 import losses
 import main
 import model
+from conftest import write_vgg
 from devices import autocast
 from settings import resolve
 
@@ -74,8 +75,19 @@ def test_labels_are_an_input_of_the_graph(device, recorder):
     assert (weights - expected).abs().max() < 1e-5
 
 
+def test_features_of_vgg_are_recorded(device, recorder, tmp_path):
+    write_vgg(tmp_path / "vgg.pth")
+    changes = {"precision": "float32", "batch_size": 3, "patch_size": 16, "vgg_weights": str(tmp_path / "vgg.pth")}
+    settings = resolve("coarse2fine_s2", changes)
+    weights, found = trained(settings, device, replayed=True, steps=3)
+    expected, _ = trained(settings, device, replayed=False, steps=3)
+    assert "vgg" in found[2]
+    assert (weights - expected).abs().max() < 1e-4
+
+
 def test_a_loss_that_is_not_finite_leaves_the_weights(device, recorder):
     settings = settings_of(precision="float32")
+    torch.manual_seed(0)  # with some weights, the attention's hidden units are all off, and have no gradients
     network, criterion = model.build(settings).to(device), losses.build(settings)
     optimizer = main.make_optimizer(network, 1e-3)
     O, B = torch.rand(2, 3, 3, 16, 16).to(device)
