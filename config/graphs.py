@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common import log
-from devices import autocast_dtype
+from devices import autocast_dtype, empty_cache, is_out_of_memory
 
 WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled; see _no_waiting
 SEEN_BEFORE = 2  # images of a shape that go their usual way; from the next on a graph pays
@@ -97,18 +97,27 @@ class Replays:
     def __init__(self, function: Callable[[Tensor, int], list[Tensor]]):
         self.function = function
         self.seen: Counter = Counter()
+        self.most = MOST_SHAPES
         self.graphs: dict[tuple, Replay | None] = {}  # None: of a shape that can't be recorded
 
     def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
         key = (image.shape, stage_num, autocast_dtype(image))
         self.seen[key] += 1
         small = image.shape[0] * image.shape[-2] * image.shape[-1] <= MOST_PIXELS
-        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < MOST_SHAPES:
+        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < self.most:
             self.graphs[key] = record(lambda x: self.function(x, stage_num), [image])
         replay = self.graphs.get(key)
-        if replay is None:
+        if replay is not None:
+            return [output.clone() for output in replay(image)]
+        try:
             return self.function(image, stage_num)
-        return [output.clone() for output in replay(image)]
+        except RuntimeError as error:
+            if not self.graphs or not is_out_of_memory(error):
+                raise
+        self.most = 0  # a graph keeps its memory as long as it lives: from here on there are none
+        self.graphs.clear()
+        empty_cache(image.device)
+        return self.function(image, stage_num)
 
 
 def record(

@@ -172,6 +172,21 @@ def test_memory_is_bounded_by_the_number_of_shapes(device, recorder, monkeypatch
     assert len(calls) == 2 * per_graph + 4
 
 
+def test_graphs_make_room_for_an_image_that_is_too_large_beside_them(device, recorder):
+    replays = None
+
+    def doubled(image, stage_num):
+        if image.shape[-1] == 9 and replays.graphs:
+            raise RuntimeError("CUDA out of memory")
+        return [image * 2]
+
+    replays = graphs.Replays(doubled)
+    for width in (5, 5, 5, 9, 5, 5):
+        (found,) = replays(torch.ones(1, 3, 4, width, device=device), 1)
+        assert found.unique().tolist() == [2.0]
+        assert bool(replays.graphs) == (width == 5 and replays.most > 0 and replays.seen.total() > 2)
+
+
 def test_large_images_are_not_recorded(device, recorder, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_PIXELS", 2 * 4 * 5)
     for number, recorded in ((2, True), (3, False)):
