@@ -95,6 +95,7 @@ def restore(
                 rain_layers = itertools.islice(each_stage(O, stage_num, memory_gib, bar.update), done, None)
                 half, precision = False, "float32"
                 R = next(rain_layers)
+            R = R.to(O.dtype)  # autocast may have made it 16 bits, on MPS
             yield torch.sub(O, R, out=R).clamp_(0, 1)
 
 

@@ -5,6 +5,7 @@ once. It repeats the same kernels on the same memory, so it is for inputs of one
 their place: an optimiser may change them, but they must not be replaced.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from common import log
-from devices import autocast_dtype
+from devices import autocast_dtype, empty_cache, is_out_of_memory
 
-WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled
+WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled; see _no_waiting
 SEEN_BEFORE = 2  # images of a shape that go their usual way; from the next on a graph pays
 MOST_SHAPES = 8  # that graphs are kept for
 MOST_PIXELS = 2**20  # of an image; a larger one keeps the GPU busy anyhow, and its graph would keep much memory
@@ -39,7 +40,9 @@ class Replay:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with _without_autocast_cache(), torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP - 1):
+                function(*self.inputs)
+            with _no_waiting():
                 function(*self.inputs)
             # Other threads, which fetch the next crops, may go on meanwhile.
             with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
@@ -54,6 +57,23 @@ class Replay:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         return self.outputs
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within this, what waits for the GPU, and so can't be recorded, is a RuntimeError.
+
+    It must not come to a recording that fails: up to 2.12, PyTorch takes that for still going on, and then never again
+    gives up cached memory where it is short of it, nor does `torch.cuda.empty_cache`.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it may overlook something
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager
@@ -77,18 +97,27 @@ class Replays:
     def __init__(self, function: Callable[[Tensor, int], list[Tensor]]):
         self.function = function
         self.seen: Counter = Counter()
+        self.most = MOST_SHAPES
         self.graphs: dict[tuple, Replay | None] = {}  # None: of a shape that can't be recorded
 
     def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
         key = (image.shape, stage_num, autocast_dtype(image))
         self.seen[key] += 1
         small = image.shape[0] * image.shape[-2] * image.shape[-1] <= MOST_PIXELS
-        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < MOST_SHAPES:
+        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < self.most:
             self.graphs[key] = record(lambda x: self.function(x, stage_num), [image])
         replay = self.graphs.get(key)
-        if replay is None:
+        if replay is not None:
+            return [output.clone() for output in replay(image)]
+        try:
             return self.function(image, stage_num)
-        return [output.clone() for output in replay(image)]
+        except RuntimeError as error:
+            if not self.graphs or not is_out_of_memory(error):
+                raise
+        self.most = 0  # a graph keeps its memory as long as it lives: from here on there are none
+        self.graphs.clear()
+        empty_cache(image.device)
+        return self.function(image, stage_num)
 
 
 def record(

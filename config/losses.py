@@ -65,6 +65,9 @@ class Coarse2FineLoss(nn.Module):
         super().__init__()
         self.refined = refined
         self.features = vgg_features(vgg_weights) if refined else None
+        # Buffers: values that Python copied to a GPU in each step would keep that from becoming a CUDA graph.
+        for name, values in zip(("mean", "deviation"), IMAGENET, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, rain_layers: list[Tensor], O: Tensor, B: Tensor, labels: Tensor | None = None) -> Terms:
         losses = [F.mse_loss(R, O - B) for R in rain_layers]
@@ -79,8 +82,7 @@ class Coarse2FineLoss(nn.Module):
 
     def _features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) BGR in [0, 1] to VGG's features (N, 256, H / 4, W / 4)."""
-        mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in IMAGENET)
-        return self.features((images.flip(1) - mean) / deviation)
+        return self.features((images.flip(1) - self.mean) / self.deviation)
 
 
 class PHPLoss(nn.Module):

@@ -7,7 +7,7 @@ layer of O: stage t + 1 gets O - R_t, and all stages share their weights (sectio
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -203,13 +203,10 @@ class DSEN(Network):
         with shared_filters() as again:
             for layer in layers:
                 layer.filters().prepare()  # before the stages: what a stage does must not depend on which it is
-            if compiled is None:
-                yield self.repeated(self.stage, lambda: (nullcontext(), again()))
-                return
 
             def stage(image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-                with again(), compiled_filters(layers):
-                    return compiled(image, states)
+                with again(), compiled_filters(layers if compiled else ()):
+                    return (compiled or self.stage)(image, states)
 
             yield self.repeated(stage)
 

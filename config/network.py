@@ -1,7 +1,6 @@
 """What the loops, the viewer and the benches know of a network, so that none of them asks which one it has."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,11 @@ class Network(nn.Module):
         self.cuda_graphs = True  # whether `graphs.replaying` may record it
         self.checkpoint_activations = False  # repeat parts of it for their gradients, instead of keeping activations
 
-    def repeated(self, part: Callable, context_fn: Callable = lambda: (nullcontext(), nullcontext())) -> Callable:
+    def repeated(self, part: Callable) -> Callable:
         """`part`, a function of tensors, whose activations are kept only if `checkpoint_activations` is off."""
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return part
-        return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False, context_fn=context_fn)
+        return lambda *inputs: checkpoint(part, *inputs, use_reentrant=False)
 
     def at_once(self, images: Tensor, stage_num: int) -> list[Tensor]:
         """`forward` of whole images, which `graphs.replaying` makes faster where they are small."""

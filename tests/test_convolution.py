@@ -190,6 +190,15 @@ def test_second_order_gradients_in_16_bits_are_near():
             assert (one - other).norm() < 0.1 * other.norm()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_second_order_gradients_of_repeated_stages_are_the_same(precision):
+    network = small()
+    wanted = penalty_gradients(network, image(), precision)
+    network.checkpoint_activations = True
+    for one, other in zip(penalty_gradients(network, image(), precision), wanted, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 def test_functional_transforms_take_gradients_of_gradients():
     network, O = small(), image(9, 8)
     parameters = dict(network.named_parameters())

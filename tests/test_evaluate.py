@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import checkpoint as checkpoints
+import convolution
 import evaluate
 import model
+import windows
 from cal_ssim import METRICS, scores
 from checkpoint import Checkpoint
 from common import UserError
@@ -69,6 +71,17 @@ def test_16_bits_are_near_float32(saved, device, precision):
     assert (found.dtype, found.device) == (torch.float32, O.device)
     assert 255 * (found - wanted).abs().quantile(0.999) <= bound[dtype]
     assert torch.equal(found, wanted) == (dtype == torch.float32)
+
+
+def test_images_are_float32_where_the_ends_are_not(saved, monkeypatch):
+    """On MPS, whose autocast the network does not see."""
+    for module in (convolution, model):
+        monkeypatch.setattr(module, "autocast_dtype", lambda x: None)
+    network, O = saved[0].eval(), torch.rand(3, 13, 8)
+    monkeypatch.setattr(network, "whole_image", lambda O: windows.each_stage)
+    for image in evaluate.restore(network, O, precision="bf16"):
+        assert image.dtype == torch.float32
+        assert not torch.equal(image, image.bfloat16())  # as fine as the input
 
 
 @pytest.mark.parametrize("mirror", [False, True])

@@ -8,6 +8,7 @@ import graphs
 import losses
 import main
 import model
+from conftest import write_vgg
 from devices import autocast
 from settings import resolve
 
@@ -74,8 +75,19 @@ def test_labels_are_an_input_of_the_graph(device, recorder):
     assert (weights - expected).abs().max() < 1e-5
 
 
+def test_features_of_vgg_are_recorded(device, recorder, tmp_path):
+    write_vgg(tmp_path / "vgg.pth")
+    changes = {"precision": "float32", "batch_size": 3, "patch_size": 16, "vgg_weights": str(tmp_path / "vgg.pth")}
+    settings = resolve("coarse2fine_s2", changes)
+    weights, found = trained(settings, device, replayed=True, steps=3)
+    expected, _ = trained(settings, device, replayed=False, steps=3)
+    assert "vgg" in found[2]
+    assert (weights - expected).abs().max() < 1e-4
+
+
 def test_a_loss_that_is_not_finite_leaves_the_weights(device, recorder):
     settings = settings_of(precision="float32")
+    torch.manual_seed(0)  # with some weights, the attention's hidden units are all off, and have no gradients
     network, criterion = model.build(settings).to(device), losses.build(settings)
     optimizer = main.make_optimizer(network, 1e-3)
     O, B = torch.rand(2, 3, 3, 16, 16).to(device)
@@ -91,6 +103,8 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(device, recorder):
 
 def test_what_reads_from_the_gpu_is_not_recorded(device, recorder):
     assert graphs.record(lambda x: x * x.sum().item(), [torch.ones(2, device=device)]) is None
+    if recorder:
+        assert not recorder.made[0].begun  # a recording that fails would leave PyTorch's allocator in it
     doubled = graphs.record(lambda x: x * 2, [torch.ones(2, device=device)])  # and the next one is
     assert doubled(torch.full((2,), 3.0, device=device)).tolist() == [6.0, 6.0]
 
@@ -156,6 +170,21 @@ def test_memory_is_bounded_by_the_number_of_shapes(device, recorder, monkeypatch
             assert doubled.unique().tolist() == [2.0]
     per_graph = graphs.SEEN_BEFORE + graphs.WARM_UP + 1
     assert len(calls) == 2 * per_graph + 4
+
+
+def test_graphs_make_room_for_an_image_that_is_too_large_beside_them(device, recorder):
+    replays = None
+
+    def doubled(image, stage_num):
+        if image.shape[-1] == 9 and replays.graphs:
+            raise RuntimeError("CUDA out of memory")
+        return [image * 2]
+
+    replays = graphs.Replays(doubled)
+    for width in (5, 5, 5, 9, 5, 5):
+        (found,) = replays(torch.ones(1, 3, 4, width, device=device), 1)
+        assert found.unique().tolist() == [2.0]
+        assert bool(replays.graphs) == (width == 5 and replays.most > 0 and replays.seen.total() > 2)
 
 
 def test_large_images_are_not_recorded(device, recorder, monkeypatch):
