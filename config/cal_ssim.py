@@ -5,6 +5,8 @@ images, no border cut; a set's score is the mean over its images. `psnr` and `ss
 weigh alike), `psnr_y` and `ssim_y` on the luma of MATLAB's rgb2ycbcr (studio range 16..235, rounded to 8 bits).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,22 +65,33 @@ def scores(restored: Tensor, truth: Tensor) -> dict[str, float]:
     Computed where `restored` lies. An image smaller than SSIM's window has no SSIM: nan.
     """
     device = torch.device("cpu") if restored.device.type == "mps" else restored.device  # MPS has no float64
-    x, y = (image.to(device)[None].double() for image in (restored, truth))
+    x, y = (image.to(device)[None] for image in (restored, truth))
     values = []
-    for a, b in ((x, y), (luma(x), luma(y))):
-        values.append(psnr(a, b, 255)[0])
-        values.append(_ssim_in_strips(a, b) if min(a.shape[-2:]) >= WINDOW else a.new_tensor(torch.nan))
+    for convert in (Tensor.double, luma):
+        values.append(_psnr_in_strips(x, y, convert))
+        enough = min(x.shape[-2:]) >= WINDOW
+        values.append(_ssim_in_strips(x, y, convert) if enough else torch.full_like(values[0], torch.nan))
     return dict(zip(METRICS, torch.stack(values).tolist(), strict=True))
 
 
-def _ssim_in_strips(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of two large images (1, C, H, W) in 0..255, strip by strip: its moments take 120 bytes a sample.
+def _psnr_in_strips(x: Tensor, y: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """PSNR of two images (1, C, H, W) uint8 in the values that `convert` makes of them, strip by strip."""
+    errors = []
+    for top in range(0, x.shape[-2], STRIP):
+        a, b = (convert(image[..., top : top + STRIP, :]) for image in (x, y))
+        errors.append((a - b).square().mean((1, 3)).sum())  # over the rows
+    return 10 * torch.log10(255**2 / (torch.stack(errors).sum() / x.shape[-2]))
+
+
+def _ssim_in_strips(x: Tensor, y: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """SSIM of the same, strip by strip: its moments take 120 bytes a sample.
 
     In float32, several times faster: within 1e-5 of float64 on real images.
     """
     places = x.shape[-2] - WINDOW + 1  # of the window
-    total = x.new_zeros(())
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
     for top in range(0, places, STRIP):
         rows = slice(top, min(top + STRIP, places) + WINDOW - 1)
-        total += (rows.stop - top - WINDOW + 1) * ssim(x[..., rows, :].float(), y[..., rows, :].float(), 255)[0]
+        a, b = (convert(image[..., rows, :]).float() for image in (x, y))
+        total += (rows.stop - top - WINDOW + 1) * ssim(a, b, 255)[0]
     return total / places

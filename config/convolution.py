@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from devices import autocast_dtype, without_autocast
 from winograd import HALO, KERNEL, Convolution, transform_filters
 
+HOPPER = 9  # major compute capability of H100 and H200
+
 
 class Filters:
     """Filters (O, I, 5, 5) and bias (O) of an ordinary convolution, with what is made of them, made once.
@@ -141,14 +143,15 @@ class Conv5x5(FilterLayer, nn.Conv2d):
 
 
 def padded_results(results: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Results with which a convolution of so many is computed: on a CUDA GPU in 16 bits 64 in the place of 33 to 63.
+    """Results with which a convolution of so many is computed: on Hopper GPUs in 16 bits 64 in the place of 33 to 63.
 
-    cuDNN's kernels for Hopper work on tiles of 64 results. Forward and backward on an H200, 64 crops of 64x64: 80 to 40
-    channels 0.970 ms, 80 to 64 channels 0.723 ms; 40 to 40 channels 0.633 ms, 64 to 64 channels 0.503 ms
-    (`bench/bench.py --only convolutions`).
+    cuDNN's kernels for these work on tiles of 64 results. Forward and backward on an H200, 64 crops of 64x64: 80 to 40
+    channels 0.970 ms, 80 to 64 channels 0.723 ms; 40 to 40 channels 0.633 ms, 64 to 64 channels 0.503 ms. What is fast
+    on a card, `bench/bench.py --only convolutions` tells.
     """
-    wide = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and 32 < results < 64
-    return 64 if wide else results
+    if dtype not in (torch.bfloat16, torch.float16) or not 32 < results < 64 or device.type != "cuda":
+        return results
+    return 64 if torch.cuda.get_device_capability(device)[0] == HOPPER else results
 
 
 def side_by_side(images: Sequence[Tensor]) -> Tensor:

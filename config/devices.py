@@ -56,7 +56,9 @@ def compute_dtype(precision: str, device: torch.device, training: bool = False) 
     """
     if precision != "auto":
         return PRECISIONS[precision]
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    capability = (0, 0)
+    if device.type == "cuda" and "GTX 16" not in torch.cuda.get_device_name(device):  # which has no tensor cores
+        capability = torch.cuda.get_device_capability(device)
     if training:
         return torch.bfloat16 if capability >= (8, 0) else torch.float32
     return torch.float16 if capability >= (7, 0) else torch.float32

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,27 +29,36 @@ class Replay:
 
     The outputs, tensors in lists or dicts, are overwritten by the next call. Gradients that `function` writes to
     `parameters`, from None, are theirs after each call. Raises RuntimeError where `function` can't be recorded: it must
-    not wait for the GPU, nor read from it.
+    not wait for the GPU, nor read from it. Replays with the same `pool` use the same memory in between.
     """
 
     def __init__(
-        self, function: Callable[..., Any], examples: Sequence[Tensor], parameters: Sequence[nn.Parameter] = ()
+        self,
+        function: Callable[..., Any],
+        examples: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter] = (),
+        pool: tuple | None = None,
     ):
-        self.inputs = [x.clone() for x in examples]
+        with torch.inference_mode(False):  # else they could be replayed in inference mode alone
+            self.inputs = [x.clone() for x in examples]
         self.parameters = parameters
         self.graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
+        with torch.cuda.device_of(examples[0]), _without_autocast_cache():
+            self._record(function, pool)
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def _record(self, function: Callable[..., Any], pool: tuple | None) -> None:
+        side = _side_stream(self.inputs[0].device)
         side.wait_stream(torch.cuda.current_stream())
-        with _without_autocast_cache(), torch.cuda.stream(side):
+        with torch.cuda.stream(side):
             for _ in range(WARM_UP - 1):
                 function(*self.inputs)
             with _no_waiting():
                 function(*self.inputs)
             # Other threads, which fetch the next crops, may go on meanwhile.
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool, side, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
-        self.gradients = [parameter.grad for parameter in parameters]
 
     def __call__(self, *inputs: Tensor) -> Any:
         for mine, given in zip(self.inputs, inputs, strict=True):
@@ -57,6 +67,12 @@ class Replay:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         return self.outputs
+
+
+@cache
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    """The stream of all recordings on a device: libraries keep memory for each stream, and pools go by it."""
+    return torch.cuda.Stream()
 
 
 @contextmanager
@@ -97,7 +113,7 @@ class Replays:
     def __init__(self, function: Callable[[Tensor, int], list[Tensor]]):
         self.function = function
         self.seen: Counter = Counter()
-        self.most = MOST_SHAPES
+        self.most, self.pool = MOST_SHAPES, None
         self.graphs: dict[tuple, Replay | None] = {}  # None: of a shape that can't be recorded
 
     def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
@@ -105,7 +121,8 @@ class Replays:
         self.seen[key] += 1
         small = image.shape[0] * image.shape[-2] * image.shape[-1] <= MOST_PIXELS
         if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < self.most:
-            self.graphs[key] = record(lambda x: self.function(x, stage_num), [image])
+            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: outputs are copied at once
+            self.graphs[key] = record(lambda x: self.function(x, stage_num), [image], pool=self.pool)
         replay = self.graphs.get(key)
         if replay is not None:
             return [output.clone() for output in replay(image)]
@@ -120,12 +137,10 @@ class Replays:
         return self.function(image, stage_num)
 
 
-def record(
-    function: Callable[..., Any], examples: Sequence[Tensor], parameters: Sequence[nn.Parameter] = ()
-) -> Replay | None:
+def record(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Replay | None:
     """A `Replay`; None, with a line, where `function` can't be recorded, and then it has to be called as it is."""
     try:
-        return Replay(function, examples, parameters)
+        return Replay(function, *arguments, **keywords)
     except RuntimeError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     torch.cuda.synchronize()

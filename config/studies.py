@@ -163,7 +163,8 @@ def stages(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Scores after each stage on the test set, and seconds of stopping there, into results/stages_NAME.json."""
     network, settings, path, step = open_network(None, name, overrides)
     device = pick_device(settings.device)
-    seconds = _seconds_by_stage(network, settings, device)
+    with replaying(network, device):
+        seconds = _seconds_by_stage(network, settings, device)
     paths = list_pairs(data_path(settings) / "test")
     table, _ = score_pairs(network, paths, device, lambda *_: None, *how_to_restore(settings))
     means = np.nanmean(table, 0)  # (1 + stages, METRICS)

@@ -108,6 +108,7 @@ def install(monkeypatch) -> type[FakeGraph]:
         "Stream": _Stream,
         "stream": lambda stream: nullcontext(),
         "current_stream": _Stream,
+        "graph_pool_handle": lambda: (0, 1),
         "synchronize": lambda *_: None,
         "get_sync_debug_mode": sync_debug_mode.get,
         "set_sync_debug_mode": sync_debug_mode.set,

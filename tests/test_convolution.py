@@ -316,13 +316,14 @@ def test_gradients_of_several_passes_add_up_in_float32():
     assert (often / 300 - once).abs().max() < 1e-5 * once.abs().max()  # bfloat16 stands still at 256
 
 
-def test_padding_is_for_half_precision_on_cuda():
-    cuda = torch.device("cuda", 0)
+def test_padding_is_for_16_bits_on_hopper(cards):
+    cards((8, 0), (9, 0), (12, 0))
+    ampere, hopper, blackwell = (torch.device("cuda", index) for index in range(3))
     for dtype in (torch.bfloat16, torch.float16):
-        padded = [convolution.padded_results(n, dtype, cuda) for n in (10, 20, 32, 33, 40, 63, 64, 80)]
+        padded = [convolution.padded_results(n, dtype, hopper) for n in (10, 20, 32, 33, 40, 63, 64, 80)]
         assert padded == [10, 20, 32, 64, 64, 64, 64, 80]
-    assert convolution.padded_results(40, torch.float32, cuda) == 40
-    assert convolution.padded_results(40, torch.bfloat16, CPU) == 40
+        assert {convolution.padded_results(40, dtype, device) for device in (ampere, blackwell, CPU)} == {40}
+    assert convolution.padded_results(40, torch.float32, hopper) == 40
 
 
 class Formats(TorchDispatchMode):
