@@ -151,8 +151,9 @@ class Settings:
     )
     cuda_graphs: str = knob(
         "auto",
-        "record a step's kernels once and replay them, so that a GPU does not wait for Python; auto: where a step is "
-        "one pass of one process on a CUDA GPU",
+        "CUDA graphs: capture the kernels of a training step, or of images of one size, once and replay them, which "
+        "saves launch overhead; auto: on CUDA GPUs, in training not with several processes, accumulate, "
+        "checkpoint_activations or backprop_stages",
         choices=("on", "off"),
     )
     seed: int = knob(0, "seed of the initial weights, the crops and their rain", minimum=0)
@@ -169,8 +170,8 @@ class Settings:
     device: str = knob("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = knob(
         "auto",
-        "of the convolutions between a stage's first and last: float32, bf16, or fp16 (not in training); auto: on CUDA "
-        "GPUs bf16 in training, where the GPU has it, and fp16 for test and show; elsewhere float32",
+        "compute precision; a stage's first convolution and last layers always use float32; fp16: inference only; "
+        "auto: on CUDA GPUs bf16 in training (Ampere or newer) and fp16 in test and show (Volta or newer), else float32",
         choices=("float32", "bf16", "fp16"),
     )
     memory_gib: float = knob(0.0, "memory that deraining an image may take, GiB; 0: what is free (CPU)", minimum=0)

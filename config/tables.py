@@ -554,8 +554,8 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--run", nargs="+", metavar="NAME", help="rows to train and test, or `all`")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once; default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=0.0, help="time until all stop; default: no end")
-    parser.add_argument("--take", type=Path, metavar="FILE", help="first take the runs of an archive into model_dir")
+    parser.add_argument("--minutes", type=float, default=0.0, help="save and stop after so many; default: no end")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="first unpack the runs of an archive")
     what = "archive of what runs resume from: those of --run, kept current while they run; without --run, of all"
     parser.add_argument("--pack", type=Path, metavar="FILE", help=what)
     parser.add_argument("--write", action="store_true", help="write the tables of README.md and results/README.md")
