@@ -171,7 +171,7 @@ class Settings:
     precision: str = knob(
         "auto",
         "compute precision; a stage's first convolution and last layers always use float32; fp16: inference only; "
-        "auto: on CUDA GPUs bf16 in training (Ampere or newer) and fp16 in test and show (Volta or newer), else float32",
+        "auto: on CUDA GPUs bf16 in training (Ampere or newer), fp16 in test and show (Volta or newer), else float32",
         choices=("float32", "bf16", "fp16"),
     )
     memory_gib: float = knob(0.0, "memory that deraining an image may take, GiB; 0: what is free (CPU)", minimum=0)
