@@ -580,7 +580,7 @@ class Trainer:
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
-            names.insert(0, "best")  # first: after a kill behind it, `latest` resumes before this validation
+            names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
         if not ranks.is_first():
             return
         self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})

@@ -116,9 +116,8 @@ def test_runs_are_repeated_in_turn():
     assert len(timing.alternate(runs, CPU, None, 60)["a"]) == timing.MOST
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_first_call_on_cuda_counts_the_tensors_of_its_peak():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     device, kept = torch.device("cuda"), []
 
     def run():

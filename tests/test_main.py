@@ -714,7 +714,7 @@ def test_clip_norm_bounds_the_network_and_the_segmentation_together():
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 @pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda:1", 1)])
 def test_commands_on_a_card(places, tmp_path, cards, monkeypatch, device, index):
-    """A rehearsal: what PyTorch is told about cards that it believes in, with the tensors on the CPU."""
+    """The cards are fake (fake_cuda.py): PyTorch's calls to them are checked, and the tensors stay on the CPU."""
     cards((8, 0), (8, 0))
     asked = keep_on_cpu(monkeypatch)
     fake_graphs.install(monkeypatch)
