@@ -52,6 +52,9 @@ class FakeCuda:
         for name, value in state.items():
             patch.setattr(torch.cuda, name, value, raising=False)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        if hasattr(torch, "accelerator"):  # where newer optimisers ask the same
+            stream = SimpleNamespace(is_capturing=lambda: False)
+            patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
         patch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
