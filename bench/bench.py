@@ -40,23 +40,24 @@ import cv2
 import numpy as np
 import torch
 
-import checkpoint as checkpoints
 import convolutions
-import evaluate
-import graphs
 import losses
 import model
-import native
 import reference
 import report
 import settings as knobs
-from checkpoint import Checkpoint
-from common import ROOT, Parser, UserError, run_script
+from base.console import Parser, run_script
+from base.devices import autocast, pick_device
+from base.errors import UserError
+from base.files import ROOT
+from base.images import write_image
 from dataset import CropDataset, training_batches
-from devices import autocast, pick_device
-from image_io import write_image
+from fast import graphs, native
 from main import make_optimizer, record_step, recording_obstacles, train_step
 from rain import STYLES, add_rain
+from runs import checkpoints
+from runs import restore as evaluate
+from runs.checkpoints import Checkpoint
 from settings import Settings
 from timing import LEAST, Numbers, alternate, first_call, summary
 
@@ -249,7 +250,6 @@ VARIANTS: dict[str, Numbers] = {
     "bf16, --cuda_graphs off": {"precision": "bf16", "cuda_graphs": "off"},
     "bf16, --accumulate 4": {"precision": "bf16", "accumulate": 4},
     "bf16, --checkpoint_activations true": {"precision": "bf16", "checkpoint_activations": True},
-    "bf16, --backprop_stages 2": {"precision": "bf16", "backprop_stages": 2},
     "reference, float32": {"side": "reference"},
     "reference, TF32": {"side": "reference", "tf32": True},
     "reference, bf16": {"side": "reference", "precision": "bf16"},

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fast.winograd import HALO, KERNEL
 from timing import Numbers, alternate, summary
-from winograd import HALO, KERNEL
 
 Channels = tuple[int, int]  # inputs, outputs
 

@@ -23,8 +23,8 @@ def measure(width: int, height: int, stage_num: int, memory_gib: float) -> dict[
     """Seconds and peak memory, bytes, of one random image through initial weights."""
     import torch
 
-    import evaluate
     import model
+    from runs import restore as evaluate
 
     torch.manual_seed(0)
     network = model.build("sdsen").eval()

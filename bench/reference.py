@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError
+from base.errors import UserError
 from settings import Settings
 
 SLOPE = 0.2

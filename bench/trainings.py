@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
 import report
 import settings as knobs
-from common import ROOT, Parser, UserError, run_script
+from base.console import Parser, run_script
+from base.errors import UserError
+from base.files import ROOT
 from report import Numbers
 
 PAPER_STEPS = 20000
@@ -128,10 +130,10 @@ def compare_outputs(
     """
     import torch  # which takes seconds, and only this function needs it
 
+    from base.devices import pick_device
     from cal_ssim import psnr
     from dataset import data_path, list_pairs, read_whole
-    from devices import pick_device
-    from evaluate import open_network, restore
+    from runs.restore import open_network, restore
 
     network, settings, _, _ = open_network(None, name, {**overrides, "precision": precision})
     device = pick_device(settings.device)

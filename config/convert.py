@@ -21,9 +21,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from backgrounds import find_twins, thumbnail
-from common import ROOT, Parser, UserError, log, run_script, set_up_log
-from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, write_image
+from base.console import Parser, log, run_script, set_up_log
+from base.errors import UserError
+from base.files import ROOT, write_bytes
+from base.images import list_images, read_image, read_pair, to_bgr8, write_image
+from datasets.backgrounds import find_twins, thumbnail
 
 
 @dataclass(frozen=True)

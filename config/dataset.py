@@ -22,13 +22,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import builtin
-import ranks
-from backgrounds import find_twins, thumbnail
-from common import ROOT, UserError, in_terminal, log
-from image_io import list_images, read_image, read_pair, to_bgr8
+from base import ranks
+from base.console import in_terminal, log
+from base.errors import UserError
+from base.files import ROOT
+from base.images import list_images, read_image, read_pair, to_bgr8
+from datasets import builtin
+from datasets.backgrounds import find_twins, thumbnail
 from losses import IGNORED, wants_labels
-from php import CLASSES
+from networks.php import CLASSES
 from rain import STYLES, add_rain
 from settings import Settings
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import FilterLayer, conv2d
-from winograd import HALO, KERNEL
+from fast.convolution import FilterLayer, conv2d
+from fast.winograd import HALO, KERNEL
 
 
 def _turn(weight: Tensor, r: int) -> Tensor:

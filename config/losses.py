@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cal_ssim
-from common import UserError, log
-from devices import without_autocast
-from php import Segmentation
+from base.console import log
+from base.devices import without_autocast
+from base.errors import UserError
+from networks.php import Segmentation
 from settings import Settings
 
 CHARBONNIER = 1e-3  # below this difference the loss is square, above it absolute

@@ -38,24 +38,25 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import cal_ssim
-import checkpoint as checkpoints
-import graphs
 import losses
 import model
-import ranks
 import settings as knobs
-import studies
-import tables
+from base import ranks
+from base.console import Interrupt, in_terminal, log, run_script, set_up_log
+from base.devices import autocast, compute_dtype, describe, is_out_of_memory, pick_device
+from base.errors import UserError
+from base.files import lock, write_bytes
+from base.images import write_image
 from cal_ssim import METRICS
-from checkpoint import Checkpoint
-from common import Interrupt, UserError, claim, in_terminal, log, run_script, set_up_log
-from curves import NoCurves, open_curves
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
-from devices import autocast, compute_dtype, describe, is_out_of_memory, pick_device
-from evaluate import NEARLY_INPUT, how_to_restore, open_network, score_pairs
-from graphs import Replay
-from image_io import write_bytes, write_image
+from fast import graphs
+from fast.graphs import Replay
+from paper import studies, tables
 from presets import PRESETS
+from runs import checkpoints
+from runs.checkpoints import Checkpoint
+from runs.curves import NoCurves, open_curves
+from runs.restore import NEARLY_INPUT, how_to_restore, open_network, score_pairs
 from settings import Settings
 
 COMPILE_STEPS = 5000  # left in a run from which on torch.compile pays: measured on an H200, bench/NOTES.md
@@ -71,11 +72,6 @@ def learning_rate(settings: Settings, step: int) -> float:
     if settings.schedule == "cosine":
         return rate * (0.505 + 0.495 * math.cos(math.pi * step / settings.steps))
     return rate * 0.1 ** sum(step >= milestone for milestone in settings.milestones)
-
-
-def stages_at(settings: Settings, step: int) -> int:
-    """Stages that are trained in a step, counted from 0."""
-    return settings.stage_num // 2 ** sum(step < growth for growth in settings.grow)
 
 
 def in_steps(settings: Settings, images: int) -> Settings:
@@ -133,12 +129,11 @@ def add_gradients(
     B: Tensor,
     labels: Tensor | None = None,
     share: float = 1.0,
-    stages: tuple[int, int] | tuple[()] = (),
 ) -> Outcome:
     """Add the gradients of `share` times the loss on rainy crops `O` and clean crops `B` to the parameters'."""
     O, B = (x.contiguous(memory_format=torch.channels_last) for x in (O, B))  # as the rain layers are, and gradients
     with autocast(settings.precision, O.device, training=True):
-        rain_layers = network(O, *stages)
+        rain_layers = network(O)
         terms = criterion(rain_layers, O, B, labels)
     loss = share * terms.pop("loss")
     (loss * ranks.count()).backward()
@@ -178,7 +173,6 @@ def train_step(
     loss = O.new_zeros(())
     if not recorded:
         optimizer.zero_grad(set_to_none=True)
-    stages = _truncated(settings, network, scored)
     for index, (rainy, clean, classes) in enumerate(parts):
         share = len(rainy) / batch
         if recorded:
@@ -186,7 +180,7 @@ def train_step(
         else:
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or ranks.count() == 1 else network.no_sync():
-                outcome = add_gradients(network, criterion, settings, rainy, clean, classes, share, stages)
+                outcome = add_gradients(network, criterion, settings, rainy, clean, classes, share)
         loss += outcome.loss
         if scored:
             for name, value in _step_scores(outcome, rainy, clean):
@@ -210,7 +204,6 @@ def recording_obstacles(settings: Settings, device: torch.device) -> list[str]:
         "several processes share a batch": ranks.count() > 1,
         "accumulate takes a batch in parts": settings.accumulate > 1,
         "checkpoint_activations repeats stages": settings.checkpoint_activations,
-        "backprop_stages changes from step to step": settings.backprop_stages > 0,
     }
     return [text for text, is_so in found.items() if is_so]
 
@@ -227,19 +220,6 @@ def record_step(
         return add_gradients(network, criterion, settings, *batch)
 
     return graphs.record(step, [x for x in (O, B, labels) if x is not None], parameters)
-
-
-def _truncated(settings: Settings, network: nn.Module, scored: bool) -> tuple[int, int] | tuple[()]:
-    """Stages to run, and how many of them without gradients, if not all with: truncated backpropagation through time.
-
-    Where they are scored, all run, so that the curves show each of them.
-    """
-    stages = getattr(network, "module", network).stage_num if settings.backprop_stages else 0
-    if stages <= settings.backprop_stages:
-        return ()
-    last = stages - settings.backprop_stages
-    fixed = last if scored else int(torch.randint(last + 1, ()))
-    return fixed + settings.backprop_stages, fixed
 
 
 @torch.no_grad()
@@ -290,8 +270,6 @@ class Trainer:
     def __init__(self, settings: Settings, start: Checkpoint | None, source: Path | None):
         """From the beginning, or from checkpoint `start`, which was read from `source`. Writes nothing yet."""
         self.device = pick_device(settings.device)
-        if settings.backprop_stages and settings.backprop_stages >= settings.stage_num:
-            raise UserError(f"backprop_stages {settings.backprop_stages} is no part of {settings.stage_num} stages")
         if settings.precision == "fp16":
             raise UserError("precision fp16 is for test and show: its range is too small for gradients; train in bf16")
         if settings.batch_size < ranks.count():
@@ -317,8 +295,6 @@ class Trainer:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
         if start:
             self._resume(start, source)
-        if settings.grow:
-            self.network.stage_num = stages_at(settings, self.step)
         paths = list_pairs(folder / "val")
         count = min(settings.val_images or len(paths), len(paths))
         self.parallel = self._parallel()
@@ -384,7 +360,6 @@ class Trainer:
             seconds=self.seconds + time.monotonic() - self.started,
             device=describe(self.device),
             average=self.averaged.module.state_dict() if self.averaged else None,
-            stages=stages_at(self.settings, max(0, self.step - 1)),
             criterion=self._criterion_state(),
         )
         for name in names:
@@ -427,7 +402,7 @@ class Trainer:
 
     def _claim(self, log_file: logging.FileHandler) -> None:
         """Lock the log as long as this process lives. Raises UserError where another process trains this run."""
-        if not claim(log_file.stream):
+        if not lock(log_file.stream):
             raise UserError(
                 f"run {self.settings.run} is in training already, by another process: {self.settings.log_path}"
             )
@@ -479,7 +454,6 @@ class Trainer:
             O, B, *labels = (x.to(self.device, non_blocking=True) for x in next(batches))
             O, B = O.float() / 255, B.float() / 255
             waited += time.monotonic() - fetch_at
-            self._grow()
             rate = learning_rate(settings, self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -508,14 +482,6 @@ class Trainer:
         if stopped:
             self.save("latest")
             log.info(f"stopped at step {self.step}; the same command goes on from {self._path('latest')}")
-
-    def _grow(self) -> None:
-        stages = stages_at(self.settings, self.step)
-        if self.settings.grow and stages != self.network.stage_num:
-            log.info(f"step {self.step}: from {self.network.stage_num} to {stages} stages")
-            self.network.stage_num = stages
-            self.parallel = self._parallel()
-            self.recorded, self.records = None, self._can_record()
 
     def _train_step(self, O: Tensor, B: Tensor, scored: bool, labels: Tensor | None = None) -> dict[str, float]:
         """`train_step`, with one line about a full memory."""
@@ -574,8 +540,6 @@ class Trainer:
         self._check_weights()
         started = time.monotonic()
         network = self.averaged.module if self.averaged else self.network
-        if self.settings.grow:
-            network.stage_num = self.network.stage_num
         result, mosaic = validate(network, self.validation, self.device, self.settings, self.criterion)
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:

@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import strips
-import windows
-from coarse2fine import Coarse2Fine
-from common import UserError
-from convolution import Conv5x5, FilterLayer, compiled_filters, shared_filters
-from devices import autocast_dtype, without_autocast
+from base.devices import autocast_dtype, without_autocast
+from base.errors import UserError
+from fast import strips, windows
+from fast.convolution import Conv5x5, FilterLayer, compiled_filters, shared_filters
+from fast.winograd import HALO, KERNEL
 from groupy import GroupConv2d, P4ConvP4, P4ConvZ2
-from network import Network
-from php import PHP
+from networks.base import Network
+from networks.coarse2fine import Coarse2Fine
+from networks.php import PHP
 from settings import FIELDS, NETWORK, Settings, resolve
-from winograd import HALO, KERNEL
 
 SLOPE = 0.2  # of every LeakyReLU, section 3.1
 
@@ -176,21 +175,18 @@ class DSEN(Network):
                 gathered = gathered * se.attention(gathered.mean((-2, -1)) if means is None else means)
             return last(activation(gathered))
 
-    def forward(self, O: Tensor, stage_num: int | None = None, fixed: int = 0) -> list[Tensor]:
+    def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
         """Rain layers [R_1, ..., R_T], each (N, 3, H, W), of rainy images `O` (N, 3, H, W) in [0, 1], any H and W.
 
-        `stage_num` stops after fewer stages, or goes on for more, than the network was made with. The first `fixed`
-        stages get no gradients, neither from their own rain layers nor from the stages behind them.
+        `stage_num` stops after fewer stages, or goes on for more, than the network was made with.
         """
         if O.dim() != 4 or O.shape[1] != 3:
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         O = O.contiguous(memory_format=torch.channels_last)  # the order that the fast convolutions read
         rain_layers, image, states = [], O, [None] * len(self.re_layer)
         with self._prepared_stage() as stage:
-            for t in range(stage_num or self.stage_num):
+            for _ in range(stage_num or self.stage_num):
                 R, states = stage(image, states)
-                if t < fixed:  # not under no_grad, where autocast would keep copies of the weights without gradients
-                    R, states = R.detach(), [state.detach() for state in states]
                 rain_layers.append(R)
                 image = O - R
         return rain_layers

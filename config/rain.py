@@ -14,8 +14,10 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
-from common import Parser, UserError, log, run_script, set_up_log
-from image_io import list_images, read_image, read_pair, to_bgr8, write_bytes, write_image
+from base.console import Parser, log, run_script, set_up_log
+from base.errors import UserError
+from base.files import write_bytes
+from base.images import list_images, read_image, read_pair, to_bgr8, write_image
 
 Range = tuple[float, float]
 Rows = tuple[int, int]

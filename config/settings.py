@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import presets
-from common import ROOT, Parser, UserError
+from base.console import Parser
+from base.errors import UserError
+from base.files import ROOT
 
 
 def knob(default: Any, text: str, *, choices: Sequence[str] = (), minimum: float | None = None, path: bool = False):
@@ -124,15 +126,6 @@ class Settings:
     lowpass_sigma: float = knob(1.7, "loss php: of the filter of the truth of X^c, pixels; 0: unfiltered", minimum=0)
     colour_weight: float = knob(0.1, "loss php: of the colour's term", minimum=0)
     segmentation_weight: float = knob(0.05, "loss php: of the segmentation's term, where there are labels", minimum=0)
-    grow: tuple[int, ...] = knob(
-        (), "steps at which the number of stages doubles, to stage_num at last; none: all from the start (paper)"
-    )
-    backprop_stages: int = knob(
-        0,
-        "stages in a row that each step trains, drawn anew from all; those before them run without gradients, which "
-        "takes less time; 0: all (paper)",
-        minimum=0,
-    )
     average: float = knob(
         0.0,
         "decay of a moving average of the weights, which is then what is validated and tested; 0: off (paper)",
@@ -152,8 +145,8 @@ class Settings:
     cuda_graphs: str = knob(
         "auto",
         "CUDA graphs: capture the kernels of a training step, or of images of one size, once and replay them, which "
-        "saves launch overhead; auto: on CUDA GPUs, in training not with several processes, accumulate, "
-        "checkpoint_activations or backprop_stages",
+        "saves launch overhead; auto: on CUDA GPUs, in training not with several processes, accumulate or "
+        "checkpoint_activations",
         choices=("on", "off"),
     )
     seed: int = knob(0, "seed of the initial weights, the crops and their rain", minimum=0)
@@ -217,11 +210,6 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
         raise UserError(f"this training counts {settings.epochs} epochs: say --epochs, or --epochs 0 with --steps")
     if settings.network == "dsen" and settings.depth < 4:
         raise UserError(f"depth must be at least 4 in DSEN, got {settings.depth}")
-    for name in ("grow", "backprop_stages"):
-        if settings.network != "dsen" and getattr(settings, name):
-            raise UserError(f"{name} is for stages that share all weights, those of {settings.network} don't")
-    if settings.backprop_stages == 1:
-        raise UserError("backprop_stages must be 0 or from 2 on: one stage can't learn what to pass on to the next")
     if settings.loss in NETWORKS and settings.loss != settings.network:
         raise UserError(f"loss {settings.loss} is that of the network {settings.loss}, not of {settings.network}")
     if settings.group == "z2" and settings.aggregation != "conv":
@@ -232,12 +220,8 @@ def replace(settings: Settings, overrides: dict[str, Any]) -> Settings:
         raise UserError(
             f"loss {settings.loss} needs crops of at least 11x11, the size of its window, got {settings.patch_size}"
         )
-    for name in ("milestones", "grow"):
-        steps = getattr(settings, name)
-        if list(steps) != sorted(set(steps)) or min(steps, default=1) < 1:
-            raise UserError(f"{name} must be rising steps from 1 on, got {steps}")
-    if settings.stage_num % 2 ** len(settings.grow):
-        raise UserError(f"grow doubles the stages {len(settings.grow)} times, which can't end at {settings.stage_num}")
+    if list(settings.milestones) != sorted({*settings.milestones} - {0}):
+        raise UserError(f"milestones must be rising steps from 1 on, got {settings.milestones}")
     if settings.average >= 1:
         raise UserError(f"average is a decay below 1, as 0.999, got {settings.average}")
     if settings.run in (".", "..") or set(settings.run) & set("/\\"):

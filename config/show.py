@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import ranks
 import settings as knobs
+from base import ranks
+from base.console import in_terminal, log, run_script, set_up_log
+from base.devices import is_out_of_memory, pick_device
+from base.errors import UserError
+from base.files import ROOT
+from base.images import SUFFIXES, list_images, read_image, read_pair, write_image
 from cal_ssim import scores
-from common import ROOT, UserError, in_terminal, log, run_script, set_up_log
 from dataset import data_path, list_pairs, to_tensor
-from devices import is_out_of_memory, pick_device
-from evaluate import NEARLY_INPUT, how_to_restore, open_network, restore
-from gallery import Gallery, Restored
-from graphs import replaying
-from image_io import SUFFIXES, list_images, read_image, read_pair, write_image
+from fast.graphs import replaying
+from runs.gallery import Gallery, Restored
+from runs.restore import NEARLY_INPUT, how_to_restore, open_network, restore
 from settings import Settings
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from devices import pick_device
+from base.devices import pick_device
 from fake_cuda import FakeCuda
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import bench
-import checkpoint as checkpoints
 import convolutions
 import model
-import recipe
 import reference
 import report
 import timing
 import trainings
-from common import ROOT, UserError
+from base.errors import UserError
+from base.files import ROOT
 from conftest import GOLDEN
+from runs import checkpoints
 from settings import resolve
 
 CPU = torch.device("cpu")
@@ -328,21 +328,3 @@ def test_gpu_script_goes_on_where_every_part_fails(tmp_path):
 def test_arguments_that_are_not_possible(arguments):
     with pytest.raises(UserError):
         bench.main(arguments)
-
-
-def test_trials_of_the_recipe_are_trained_once_and_their_validation_is_kept(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe.studies, "RESULTS", tmp_path)
-    monkeypatch.setattr(recipe.tables, "RESULTS", tmp_path)
-    small = resolve("sdsen_s2", {"channel": 2, "depth": 4})
-    checkpoints.save(tmp_path / "start.pth", checkpoints.Checkpoint(model.build(small).state_dict(), 0, small))
-    places = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs", "--data_dir", data_dir]
-    sizes = ["--patch_size", 16, "--steps", 2, "--save_steps", 1, "--val_images", 1, "--precision", "float32"]
-    words = [str(word) for word in ["-m", tmp_path / "start.pth", "--only", "ssim", "flip", *places, *sizes]]
-    recipe.main(words)
-    found = json.loads((tmp_path / "tried.json").read_text())
-    assert list(found) == ["ssim", "flip"]
-    assert (found["flip"]["differences"], found["flip"]["step"]) == ("--aug_data flip", 2)
-    trained = checkpoints.load(tmp_path / "models" / "try_flip" / "latest.pth")
-    assert (trained.settings.aug_data, trained.settings.loss, trained.step) == ("flip", "ssim_l1", 2)
-    recipe.main(words)  # both are done already
-    assert json.loads((tmp_path / "tried.json").read_text()) == found

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import convert
-from common import ROOT, UserError
-from image_io import list_images, read_image, read_pair
+from base.errors import UserError
+from base.files import ROOT
+from base.images import list_images, read_image, read_pair
 
 HEIGHT, WIDTH = 48, 64
 
@@ -118,23 +119,48 @@ FOUR, TWO = {str(k + 1): str(k) for k in range(4)}, {f"00{k + 1}": str(50 + k) f
 RENDERED = {f"{k + 1}_{j}": f"{k}.{j}" for k in range(4) for j in (1, 2, 3)}
 RENDERED_TEST = {f"{k + 1}_{j}": f"{50 + k}.{j}" for k in range(2) for j in (1, 2, 3)}
 LAYOUTS = {
-    "rain800": ("rain800", {
-        **numbered("rain/training/{}.png", "B{0}|O{0}"), **numbered("rain/test_syn/{}.png", "B{0}|O{0}", 2, 50),
-        "rain/test_nature/1.png": "S0", "__MACOSX/rain/training/._1.png": "S0",
-    }, FOUR, {"1": "50", "2": "51"}),
+    "rain800": (
+        "rain800",
+        {
+            **numbered("rain/training/{}.png", "B{0}|O{0}"),
+            **numbered("rain/test_syn/{}.png", "B{0}|O{0}", 2, 50),
+            "rain/test_nature/1.png": "S0",
+            "__MACOSX/rain/training/._1.png": "S0",
+        },
+        FOUR,
+        {"1": "50", "2": "51"},
+    ),
     "rain100h, first release": ("rain100h", OLD_RAIN100, FOUR, TWO),
     "rain100l, second release": ("rain100l", NEW_RAIN100, FOUR, TWO),
     "rain100h, PReNet's tree": ("rain100h", PRENET, FOUR, TWO),
     "rain100l, one folder": ("rain100l", ONE_FOLDER, FOUR, TWO),
-    "rain12, in and GT": ("rain12", {
-        **numbered("input/00{}_in.png", "O{}", 2, 50), **numbered("groundtruth/00{}_GT.png", "B{}", 2, 50),
-    }, {}, TWO),
-    "rain12, one folder": ("rain12", {
-        **numbered("00{}_in.png", "O{}", 2, 50), **numbered("00{}_GT.png", "B{}", 2, 50),
-    }, {}, TWO),
-    "rain12, PReNet's": ("rain12", {
-        **numbered("Rain12/rainy/rain-00{}.png", "O{}", 2, 50), **numbered("Rain12/norain-00{}.png", "B{}", 2, 50),
-    }, {}, TWO),
+    "rain12, in and GT": (
+        "rain12",
+        {
+            **numbered("input/00{}_in.png", "O{}", 2, 50),
+            **numbered("groundtruth/00{}_GT.png", "B{}", 2, 50),
+        },
+        {},
+        TWO,
+    ),
+    "rain12, one folder": (
+        "rain12",
+        {
+            **numbered("00{}_in.png", "O{}", 2, 50),
+            **numbered("00{}_GT.png", "B{}", 2, 50),
+        },
+        {},
+        TWO,
+    ),
+    "rain12, PReNet's": (
+        "rain12",
+        {
+            **numbered("Rain12/rainy/rain-00{}.png", "O{}", 2, 50),
+            **numbered("Rain12/norain-00{}.png", "B{}", 2, 50),
+        },
+        {},
+        TWO,
+    ),
     "rain1200": ("rain1200", RAIN1200, LEVELS, {"1": "50", "2": "51"}),
     "rain1400": ("rain1400", RAIN1400, RENDERED, RENDERED_TEST),
 }
@@ -162,22 +188,29 @@ def test_every_layout_becomes_the_same_exact_pairs(tmp_path, layout):
 @pytest.fixture
 def rain800(tmp_path) -> Path:
     """Ten training pairs as JPEG, clean on the left, and three test pairs with the clean side on the right."""
-    return lay_out(tmp_path / "rain800", {
-        **numbered("train/{}.jpg", "B{0}|O{0}", 10), **numbered("test/{}.jpg", "O{0}|B{0}", 3, 50),
-    })
+    return lay_out(
+        tmp_path / "rain800",
+        {
+            **numbered("train/{}.jpg", "B{0}|O{0}", 10),
+            **numbered("test/{}.jpg", "O{0}|B{0}", 3, 50),
+        },
+    )
 
 
-@pytest.mark.parametrize(("set_name", "folder", "split"), [
-    ("rain100h", "Rain100H/train/rain", "train"),
-    ("rain100h", "test/Rain100H/rainy", "test"),
-    ("rain100h", "train/Rain100H/rain", "train"),
-    ("rain100h", "train/RainTrainL", ""),
-    ("rain1200", "DID-MDN-training/Rain_Light/train2018new", "train"),
-    ("rain800", "test_nature", ""),
-    ("rain800", "test/real", ""),
-    ("rain800", "pictures", ""),
-    ("rain12", "input", "test"),
-])
+@pytest.mark.parametrize(
+    ("set_name", "folder", "split"),
+    [
+        ("rain100h", "Rain100H/train/rain", "train"),
+        ("rain100h", "test/Rain100H/rainy", "test"),
+        ("rain100h", "train/Rain100H/rain", "train"),
+        ("rain100h", "train/RainTrainL", ""),
+        ("rain1200", "DID-MDN-training/Rain_Light/train2018new", "train"),
+        ("rain800", "test_nature", ""),
+        ("rain800", "test/real", ""),
+        ("rain800", "pictures", ""),
+        ("rain12", "input", "test"),
+    ],
+)
 def test_folder_names_tell_the_split(set_name, folder, split):
     assert convert.split_of(set_name, Path("/home/download"), Path(folder).parts, "")[0] == split
 
@@ -233,9 +266,17 @@ def test_one_more_pair_moves_at_most_one_other():
 
 def test_any_two_folders(tmp_path):
     lay_out(tmp_path / "c", {"a.png": "B1", "b.png": "B2", "clean-7.png": "B3", "img_1_gt.png": "B4"})
-    lay_out(tmp_path / "r", {
-        "a.png": "O1", "b_1.png": "O2.1", "b_2.png": "O2.2", "rain-7.png": "O3", "img_1_in.png": "O4", "z.png": "O9",
-    })
+    lay_out(
+        tmp_path / "r",
+        {
+            "a.png": "O1",
+            "b_1.png": "O2.1",
+            "b_2.png": "O2.2",
+            "rain-7.png": "O3",
+            "img_1_in.png": "O4",
+            "z.png": "O9",
+        },
+    )
     options = ("folders", "--clean", tmp_path / "c", "--rainy", tmp_path / "r", "--data_dir", tmp_path / "out")
     assert run(*options, "--split", "test") == 1
     stems = {"a": "1", "b_1": "2.1", "b_2": "2.2", "7": "3", "img_1": "4"}
@@ -378,7 +419,10 @@ def test_command_line_gives_one_line_for_bad_input(tmp_path, rain800):
     started = {
         case: subprocess.Popen(
             [sys.executable, program, *case, "--data_dir", "out"],
-            cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for case in cases
     }
@@ -391,7 +435,10 @@ def test_command_line_gives_one_line_for_bad_input(tmp_path, rain800):
     assert not (tmp_path / "out").exists()
     done = subprocess.run(
         [sys.executable, program, "rain800", "rain800", "--val", "3", "--data_dir", "out"],
-        cwd=tmp_path, text=True, capture_output=True, timeout=60,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path / 'out'}: train 7, val 3, test 3 pairs\nnext: python main.py -a train" in done.stdout

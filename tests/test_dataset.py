@@ -14,8 +14,8 @@ import torch
 
 import dataset as data
 import rain
-import ranks
-from common import UserError
+from base import ranks
+from base.errors import UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
 from settings import Settings, replace

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from common import UserError
+from base.errors import UserError
 from conftest import VGG_CHANNELS, write_vgg
 from losses import STAGE_LOSSES, Coarse2FineLoss, StageLoss, colour_loss, lowpass, vgg_features, wants_labels
 from settings import resolve

@@ -17,17 +17,18 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-import checkpoint as checkpoints
 import fake_graphs
 import losses
 import main
 import show
-from common import ROOT, UserError
+from base.errors import UserError
+from base.files import ROOT
 from conftest import make_pair, write_vgg
 from dataset import list_pairs
 from fake_cuda import keep_on_cpu
 from model import DSEN
 from presets import PRESETS
+from runs import checkpoints
 from settings import resolve
 
 SMALL = "--channel 2 --depth 4 --patch_size 16 --batch_size 2 --stage_num 2 --device cpu".split()
@@ -442,40 +443,6 @@ def test_learning_rate_by_cosine_and_with_warmup():
     assert [main.learning_rate(settings, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
 
 
-def test_stages_grow_to_their_number():
-    settings = resolve("sdsen", {"grow": (10, 20)})
-    assert [main.stages_at(settings, step) for step in (0, 9, 10, 19, 20, 99)] == [2, 2, 4, 4, 8, 8]
-    assert main.stages_at(resolve("sdsen_s6"), 0) == 6
-
-
-def test_a_part_of_the_stages_is_trained_in_each_step(monkeypatch):
-    """Any two in a row of four, those before them fixed; in scored steps all four run."""
-    settings = resolve("sdsen_s4", {"channel": 2, "depth": 4, "backprop_stages": 2})
-    network = main.model.build(settings)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    calls, forward = [], network.forward
-    monkeypatch.setattr(network, "forward", lambda O, *stages: calls.append(stages) or forward(O, *stages))
-    images = torch.rand(2, 2, 3, 16, 16)
-    for _ in range(40):
-        assert main.train_step(network, optimizer, *images, settings, False).keys() == {"loss"}
-    assert set(calls) == {(2, 0), (3, 1), (4, 2)}
-    calls.clear()
-    assert "stage_4/psnr" in main.train_step(network, optimizer, *images, settings, True)
-    network.stage_num = 2  # not grown yet
-    assert "stage_3/psnr" not in main.train_step(network, optimizer, *images, settings, True)
-    assert calls == [(4, 2), ()]
-
-
-def test_run_that_trains_a_part_of_its_stages_resumes(places, tmp_path):
-    words = ["-a", "train", *SMALL, *LONG, *places, "--stage_num", 4, "--backprop_stages", 2, "--steps"]
-    call(*words, 3, "--run", "broken")
-    call(*words, 6, "--run", "broken")
-    call(*words, 6, "--run", "unbroken")
-    assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
-    with pytest.raises(UserError, match="backprop_stages 4 is no part of 4 stages"):
-        call(*words, 6, "--run", "other", "--backprop_stages", 4)
-
-
 def test_the_last_stage_alone_is_trained():
     settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "loss_stages": "last"})
     torch.manual_seed(0)
@@ -493,20 +460,15 @@ def test_charbonnier_is_absolute_far_from_zero_and_smooth_at_it():
     assert far.item() == pytest.approx(0.5, abs=1e-5)
 
 
-def test_growing_run_with_averaged_weights_resumes_and_is_tested_as_far_as_it_was_trained(places, tmp_path):
-    words = ["-a", "train", *SMALL, *LONG, *places, "--stage_num", 4, "--grow", 3, "--average", 0.5, "--val_images", 0]
+def test_run_with_averaged_weights_resumes_and_they_are_tested(places, tmp_path):
+    words = ["-a", "train", *SMALL, *LONG, *places, "--stage_num", 4, "--average", 0.5, "--val_images", 0]
     call(*words, "--run", "broken", "--steps", 2)
-    call("-a", "test", *places, "-m", "broken/latest")
-    columns = read_csv(tmp_path / "log_dir" / "broken" / "test_latest.csv")[0]
-    assert "psnr_stage_2" in columns
-    assert "psnr_stage_3" not in columns
     call("-a", "train", *places, "--run", "broken", "--steps", 4)
     call(*words, "--run", "unbroken", "--steps", 4)
     a, b = read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken")
     assert same_state(a, b)
     assert all(torch.equal(a.average[name], b.average[name]) for name in a.average)
     assert any(not torch.equal(a.average[name], a.network[name]) for name in a.average)
-    assert (a.stages, read(tmp_path, "step_2", "unbroken").stages) == (4, 2)
     opened, settings, *_ = main.open_network(None, "unbroken/latest", {"model_dir": str(tmp_path / "model_dir")})
     assert settings.stage_num == opened.stage_num == 4
     assert all(torch.equal(tensor, b.average[name]) for name, tensor in opened.state_dict().items())
@@ -736,9 +698,7 @@ PLANES = "--group z2 --channel 5 --precision float32 --device cuda".split()  # w
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-@pytest.mark.parametrize(
-    "words", ["--clip_norm 0.01", "--average 0.5 --loss ssim_l1", "--optimizer soap", "--stage_num 4 --grow 2"]
-)
+@pytest.mark.parametrize("words", ["--clip_norm 0.01", "--average 0.5 --loss ssim_l1", "--optimizer soap"])
 def test_a_training_of_replayed_steps_is_the_training(places, tmp_path, cards, monkeypatch, words):
     """A rehearsal with recorded operations; a run that is interrupted and resumed records anew."""
     cards((8, 0))
@@ -750,7 +710,7 @@ def test_a_training_of_replayed_steps_is_the_training(places, tmp_path, cards, m
     call("-a", "train", *words, "--run", "replayed", "--steps", 5)
     replays = [graph.replays for graph in recorder.made]
     assert sum(replays) == 5
-    assert len(replays) == (3 if "--grow" in words else 2)
+    assert len(replays) == 2
     call("-a", "train", *words, "--run", "launched", "--steps", 5, "--cuda_graphs", "off")
     assert len(recorder.made) == len(replays)
     found, wanted = (read(tmp_path, "latest", run) for run in ("replayed", "launched"))
@@ -764,9 +724,7 @@ def test_a_training_of_replayed_steps_is_the_training(places, tmp_path, cards, m
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-@pytest.mark.parametrize(
-    "words", ["--accumulate 2", "--checkpoint_activations true", "--backprop_stages 2", "--device cpu"]
-)
+@pytest.mark.parametrize("words", ["--accumulate 2", "--checkpoint_activations true", "--device cpu"])
 def test_steps_that_cannot_be_replayed(places, cards, monkeypatch, words):
     cards((8, 0))
     keep_on_cpu(monkeypatch)
@@ -815,11 +773,12 @@ if __name__ == "__mp_main__":  # a worker, or the fork server, that still import
     pathlib.Path({folder!r}, f"importing_{{os.getpid()}}").touch()
     time.sleep(0.5)
 sys.path.insert(0, {config!r})
-import common, main
+import main
+from base import console
 if __name__ == "__main__":
     {first}
     multiprocessing.set_start_method({method!r})
-    common.run_script(main.main)
+    console.run_script(main.main)
 """
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as checkpoints
 import model
+from base.files import ROOT
+from base.images import read_image, to_bgr8
 from cal_ssim import scores
-from common import ROOT
 from dataset import to_tensor
-from evaluate import restore_8bit
-from image_io import read_image, to_bgr8
 from rain import STYLES, add_rain
+from runs import checkpoints
+from runs.restore import restore_8bit
 
 MODELS = ROOT / "models"
 SHIPPED = {  # name: stages, style of rain that it was trained for, dB that it must gain there

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import rain
-from common import UserError
-from image_io import read_pair
+from base.errors import UserError
+from base.images import read_pair
 from rain import STYLES, RainStyle, Streaks
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common import ROOT
+from base.files import ROOT
 
 SCRIPTS = ["explore.sh", "config/tensorboard.sh", "config/clean.sh"]
 

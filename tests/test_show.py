@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint as checkpoints
-import evaluate
-import gallery
 import model
 import settings
 import show
-from checkpoint import Checkpoint
-from common import ROOT, UserError
-from image_io import read_image, write_image
+from base.errors import UserError
+from base.files import ROOT
+from base.images import read_image, write_image
+from runs import checkpoints, gallery
+from runs import restore as evaluate
+from runs.checkpoints import Checkpoint
 
 TINY = {"channel": 2, "depth": 4, "stage_num": 3, "link": "concat"}
 

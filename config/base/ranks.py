@@ -1,0 +1,119 @@
+"""Several processes that share one command's work, as torchrun starts them, and what they tell each other.
+
+A process is a rank. Without torchrun there is one, rank 0, and every function here returns at once. The ranks talk
+through gloo, on the CPU; gradients go their own way, by DistributedDataParallel, through NCCL between CUDA GPUs.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from base.errors import UserError
+
+Item = TypeVar("Item")
+LOST = ("onnection", "gloo", "roken pipe", "imed out", "NCCL", "ocket")  # words of a broken link's errors
+ENDED = "another process of this run has ended, so this one ends too: what happened is in that one's messages"
+
+
+@contextmanager
+def joined():
+    """Within this, the process is one of those that torchrun started, if it did."""
+    several = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    if not several or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+        # Nobody leaves while another still has to tell him something. A barrier may go through NCCL, which needs a card
+        # for each rank even where all compute on the CPU.
+        total([0.0])
+    except RuntimeError as error:
+        if is_lost(error):
+            raise UserError(ENDED) from None
+        raise
+    dist.destroy_process_group()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether this error is that of a link to another process, which has ended."""
+    return count() > 1 and any(word in str(error) for word in LOST)
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if count() > 1 else 0
+
+
+def local() -> int:
+    """The rank among those of this machine."""
+    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
+
+
+def local_count() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def part(total: int) -> range:
+    """This rank's of `total` things in a row: equal parts, or longer by one."""
+    return range(total * rank() // count(), total * (rank() + 1) // count())
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """This rank's items: every count()-th."""
+    return items[rank() :: count()]
+
+
+def gather(mine: list[Item]) -> list[Item]:
+    """All ranks' results for their `share` of some items, in the order of the items."""
+    if count() == 1:
+        return mine
+    lists: list[list[Item]] = [[] for _ in range(count())]
+    dist.all_gather_object(lists, mine)
+    return [lists[i % count()][i // count()] for i in range(sum(map(len, lists)))]
+
+
+def total(values: list[float]) -> list[float]:
+    """Sums over all ranks."""
+    if count() == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Make a module's gradients, on every rank, the mean over the ranks."""
+    if count() > 1:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= count()
+
+
+def from_first(make: Callable[[], Item]) -> Item:
+    """What `make` returns on rank 0, on every rank. Where it raises a UserError there, the other ranks end silently."""
+    if count() == 1:
+        return make()
+    message: list[Any] = [None]
+    try:
+        if is_first():
+            message = [(make(),)]
+    finally:
+        dist.broadcast_object_list(message)
+    if message[0] is None:
+        raise SystemExit(2)
+    return message[0][0]

@@ -1,0 +1,1 @@
+"""Where training and test pairs come from."""

@@ -1,0 +1,1 @@
+"""What makes the networks fast, and lets images of any size through them."""

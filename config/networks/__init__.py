@@ -1,0 +1,1 @@
+"""What all networks share, and the networks of two other papers."""
