@@ -45,7 +45,6 @@ import losses
 import model
 import reference
 import report
-import settings as knobs
 from base.console import Parser, run_script
 from base.devices import autocast, pick_device
 from base.errors import UserError
@@ -58,7 +57,7 @@ from rain import STYLES, add_rain
 from runs import checkpoints
 from runs import restore as evaluate
 from runs.checkpoints import Checkpoint
-from settings import Settings
+from settings import Settings, override, resolve
 from timing import LEAST, Numbers, alternate, first_call, summary
 
 SIDES = ("reference", "product")
@@ -104,7 +103,7 @@ class Job:
     failed: list[str] = field(default_factory=list)
 
     def settings(self, preset: str = PRESET) -> Settings:
-        return knobs.resolve(preset, {"batch_size": self.sizes.batch, "patch_size": self.sizes.patch})
+        return resolve(preset, {"batch_size": self.sizes.batch, "patch_size": self.sizes.patch})
 
     def crops(self) -> str:
         return f"{self.sizes.batch} crops of {self.sizes.patch}x{self.sizes.patch}"
@@ -274,7 +273,7 @@ def make_variant(name: str, settings: Settings, device: torch.device, size: tupl
     side, fused = variant.pop("side", "product"), variant.pop("fused", None)
     library = native.library if variant.pop("compiled", True) else lambda: None
     flags = {"benchmark": variant.pop("benchmark", False), "allow_tf32": variant.pop("tf32", False)}
-    settings = knobs.replace(settings, variant)
+    settings = override(settings, variant)
     step = make_training(side, settings, device, *size, fused=fused)
 
     def run() -> float:
@@ -340,7 +339,7 @@ def measure_steps(job: Job) -> Numbers:
 
 def _start_steps(settings: Settings, way: str, job: Job) -> tuple[Callable, Numbers]:
     """A function that does a training step a way, and the `first_call` of it."""
-    settings = knobs.replace(settings, WAYS[way])
+    settings = override(settings, WAYS[way])
     if settings.compile == "on":
         torch.compiler.reset()  # else it would stop compiling the same function for one network more
     step = make_training("product", settings, job.device, *job.sizes.of("training"))
@@ -381,7 +380,7 @@ def _run(command: list[str]) -> str:
 def measure_startup(device: torch.device, repeats: int | None) -> Numbers:
     """Seconds of `show.py` on one small image, and of importing torch alone, which is most of it."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = knobs.resolve("sdsen_s2", {"model_dir": folder, "show_dir": str(Path(folder, "show"))})
+        settings = resolve("sdsen_s2", {"model_dir": folder, "show_dir": str(Path(folder, "show"))})
         path = Path(folder, "random", "latest.pth")
         network, _ = _network_and_generator(settings)
         checkpoints.save(path, Checkpoint(network.state_dict(), 0, settings))
@@ -428,7 +427,7 @@ def measure_data(
             write_image(clean / f"{index}.png", B)
         sources = {"stored pairs": {}, "rain drawn, rain100h": {"rain": "rain100h", "clean_dir": str(clean)}}
         for name, overrides in sources.items():
-            source = knobs.replace(settings, overrides)
+            source = override(settings, overrides)
             batches = training_batches(CropDataset(pairs, source), 0, device)
 
             def fetch(batches=batches):

@@ -20,16 +20,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
 import report
-import settings as knobs
 from base.console import Parser, run_script
 from base.errors import UserError
 from base.files import ROOT
 from report import Numbers
+from settings import FIELDS
 
 PAPER_STEPS = 20000
 SAVE_STEPS = 500  # main.py's, for the paper's training
 VALIDATIONS = 5  # points of a curve
-FORMATS = tuple(name for name in knobs.FIELDS["precision"].metadata["choices"] if name != "float32")
+FORMATS = tuple(name for name in FIELDS["precision"].metadata["choices"] if name != "float32")
 
 
 def start_training(folder: Path, name: str, words: list[str]) -> subprocess.Popen:

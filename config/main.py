@@ -40,7 +40,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import cal_ssim
 import losses
 import model
-import settings as knobs
 from base import ranks
 from base.console import Interrupt, in_terminal, log, run_script, set_up_log
 from base.devices import autocast, compute_dtype, describe, is_out_of_memory, pick_device
@@ -57,7 +56,7 @@ from runs import checkpoints
 from runs.checkpoints import Checkpoint
 from runs.curves import NoCurves, open_curves
 from runs.restore import NEARLY_INPUT, how_to_restore, open_network, score_pairs
-from settings import Settings
+from settings import FIELDS, NETWORK_FIELDS, Settings, describe_settings, make_parser, override, read_overrides, resolve
 
 COMPILE_STEPS = 5000  # left in a run from which on torch.compile pays: measured on an H200, bench/NOTES.md
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
@@ -560,27 +559,27 @@ class Trainer:
 
 def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> None:
     """`-a train`: begin a run, or go on with it where it has a checkpoint."""
-    settings = knobs.resolve(preset or "sdsen", overrides)
+    settings = resolve(preset or "sdsen", overrides)
     run, _, file = (name or "").partition("/")
     own = Path(settings.model_dir) / run / "latest.pth"
     if run and file in ("", "latest", "latest.pth") and not preset and "run" not in overrides and own.is_file():
-        name, settings = None, knobs.replace(settings, {"run": run})  # it goes on with the run that -m names
+        name, settings = None, override(settings, {"run": run})  # it goes on with the run that -m names
     latest = settings.model_path / "latest.pth"
     source, start = ranks.from_first(lambda: _find_start(settings, latest, name))
     if start and start.settings:
         old = start.settings
         if start.optimizer is None:  # weights alone: a new training begins, which takes nothing but the network
-            network = {field: getattr(old, field) for field in knobs.NETWORK}
-            old = knobs.replace(knobs.resolve(preset or "sdsen"), network)
-        settings = knobs.replace(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
+            network = {field: getattr(old, field) for field in NETWORK_FIELDS}
+            old = override(resolve(preset or "sdsen"), network)
+        settings = override(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
         if start.optimizer is not None and settings.optimizer != old.optimizer:
             raise UserError(
                 f"{source} holds the state of {old.optimizer}, not of {settings.optimizer}: "
                 "export it and begin with its weights"
             )
-        wanted = knobs.resolve(preset, overrides) if preset else settings
-        changed = [n for n in knobs.FIELDS if getattr(settings, n) != getattr(old, n)]
-        for field in knobs.NETWORK:
+        wanted = resolve(preset, overrides) if preset else settings
+        changed = [n for n in FIELDS if getattr(settings, n) != getattr(old, n)]
+        for field in NETWORK_FIELDS:
             # All stages have the same weights, so that their number may change, but not unasked.
             if getattr(wanted, field) != getattr(old, field) and not (field == "stage_num" and field in overrides):
                 raise UserError(
@@ -592,7 +591,7 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
         if changed:
             values = (f"{n} {getattr(old, n)!r} is now {getattr(settings, n)!r}" for n in changed)
             log.info("other than in the checkpoint: " + ", ".join(values))
-    log.info("settings:\n" + knobs.describe(settings))
+    log.info("settings:\n" + describe_settings(settings))
     trainer = Trainer(settings, start, source)
     steps = trainer.settings.steps
     if trainer.step >= steps:
@@ -666,7 +665,7 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     strange = overrides.keys() - {"run", "data_dir", "stage_num", "model_dir", "log_level"}
     if strange:
         raise UserError(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
-    settings = knobs.resolve(overrides=overrides)
+    settings = resolve(overrides=overrides)
     source, *others = (checkpoints.find(name, Path(settings.model_dir)) for name in names)
     if others and not overrides.get("run"):
         raise UserError("the mean of several checkpoints needs a name: --run NAME")
@@ -695,7 +694,7 @@ def models() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = knobs.make_parser("Train, test and list the networks of S-DSEN.")
+    parser = make_parser("Train, test and list the networks of S-DSEN.")
     actions = ["train", "test", "export", "models", "tables", "tilt", "stages"]
     parser.add_argument("-a", "--action", required=True, choices=actions)
     parser.add_argument("-p", "--preset", help="a network of the paper: see -a models; default sdsen")
@@ -712,7 +711,7 @@ def main(arguments: list[str]) -> int:
     if known.action == "tables":
         set_up_log()
         return tables.main(words)
-    overrides = knobs.read_overrides(words)
+    overrides = read_overrides(words)
     set_up_log(overrides.get("log_level", "info"))
     if known.action == "models":
         if overrides:

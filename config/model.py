@@ -22,7 +22,7 @@ from groupy import GroupConv2d, P4ConvP4, P4ConvZ2
 from networks.base import Network
 from networks.coarse2fine import Coarse2Fine
 from networks.php import PHP
-from settings import FIELDS, NETWORK, Settings, resolve
+from settings import FIELDS, NETWORK_FIELDS, Settings, resolve
 
 SLOPE = 0.2  # of every LeakyReLU, section 3.1
 
@@ -233,7 +233,7 @@ def build(settings: Settings | str) -> Network:
         settings = resolve(settings)
     kind = CLASSES[settings.network]
     arguments = inspect.signature(kind).parameters
-    for name in NETWORK[1:]:
+    for name in NETWORK_FIELDS[1:]:
         if name not in arguments and getattr(settings, name) != FIELDS[name].default:
             raise UserError(f"{name} is no setting of the network {settings.network}, which has {', '.join(arguments)}")
     return kind(**{name: getattr(settings, name) for name in arguments})

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import settings as knobs
 from base import ranks
 from base.console import in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
@@ -34,7 +33,7 @@ from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
 from runs.gallery import Gallery, Restored
 from runs.restore import NEARLY_INPUT, how_to_restore, open_network, restore
-from settings import Settings
+from settings import Settings, make_parser, read_overrides
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
 Item = TypeVar("Item")
@@ -169,7 +168,7 @@ def outcome(items: Sequence[Restored]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = knobs.make_parser("Remove the rain from images and make a page that compares them: showdir/index.html.")
+    parser = make_parser("Remove the rain from images and make a page that compares them: showdir/index.html.")
     parser.add_argument("-p", "--preset", help="the network, with its run of the same name; default sdsen")
     parser.add_argument("-m", "--model", help="a checkpoint: a run's name, a name in model_dir, or a file")
     parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
@@ -178,7 +177,7 @@ def main(arguments: list[str]) -> int:
     known, words = parser.parse_known_args(arguments)
     if words and not words[0].startswith("-"):
         raise UserError(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
-    overrides = knobs.read_overrides(words)
+    overrides = read_overrides(words)
     set_up_log(overrides.get("log_level", "info"))
     with ranks.joined():
         return show(known, overrides)

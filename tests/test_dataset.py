@@ -18,9 +18,9 @@ from base import ranks
 from base.errors import UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
-from settings import Settings, replace
+from settings import Settings, override
 
-SETTINGS = replace(Settings(), {"patch_size": 16, "batch_size": 4, "steps": 6, "seed": 3})
+SETTINGS = override(Settings(), {"patch_size": 16, "batch_size": 4, "steps": 6, "seed": 3})
 
 
 def dataset(data_dir, **values):
@@ -555,6 +555,6 @@ def test_data_path_without_data_dir_is_the_built_in_set(monkeypatch, tmp_path):
     monkeypatch.setattr("builtin.make_builtin", made.append)
     folder = data_path(Settings())
     assert folder.parts[-2:] == ("data", "builtin")
-    assert data_path(replace(Settings(), {"data_dir": str(folder)})) == folder
+    assert data_path(override(Settings(), {"data_dir": str(folder)})) == folder
     assert made == [folder, folder]
-    assert data_path(replace(Settings(), {"data_dir": str(tmp_path)})) == tmp_path
+    assert data_path(override(Settings(), {"data_dir": str(tmp_path)})) == tmp_path

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 import rain
-import settings as knobs
 from base.errors import UserError
 from base.files import ROOT
 from presets import PRESETS
-from settings import Settings, from_dict, read_overrides, replace, resolve, to_dict
+from settings import FIELDS, Settings, from_dict, make_parser, override, read_overrides, resolve, to_dict
 
 
 def test_defaults_are_the_papers():
@@ -101,18 +100,18 @@ def test_words_that_are_refused(words, message):
 )
 def test_values_that_are_refused(values, message):
     with pytest.raises(UserError) as error:
-        replace(Settings(), values)
+        override(Settings(), values)
     assert str(error.value).startswith(message)
 
 
 def test_rain_is_none_or_a_style_of_rain_py():
-    assert knobs.FIELDS["rain"].metadata["choices"] == tuple(rain.STYLES)
+    assert FIELDS["rain"].metadata["choices"] == tuple(rain.STYLES)
     assert read_overrides(["--rain", ""]) == {"rain": ""}
-    drawn = replace(Settings(), {"rain": "rain800", "clean_dir": "clean"})
+    drawn = override(Settings(), {"rain": "rain800", "clean_dir": "clean"})
     assert drawn.clean_dir == str(ROOT / "clean")
-    assert replace(drawn, {"rain": "", "clean_dir": ""}) == replace(Settings(), {})
+    assert override(drawn, {"rain": "", "clean_dir": ""}) == override(Settings(), {})
     with pytest.raises(UserError, match="name its style with --rain"):
-        replace(drawn, {"rain": ""})
+        override(drawn, {"rain": ""})
 
 
 def test_unknown_preset_names_the_nearest():
@@ -133,8 +132,8 @@ def test_settings_survive_a_checkpoint(name):
 
 
 def test_every_knob_says_what_it_is():
-    parser_help = knobs.make_parser("").format_help()
-    for name, field in knobs.FIELDS.items():
+    parser_help = make_parser("").format_help()
+    for name, field in FIELDS.items():
         assert len(field.metadata["text"]) > 10
         assert f"--{name} " in parser_help
 

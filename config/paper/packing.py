@@ -14,13 +14,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import settings as knobs
 from base.console import log
 from base.errors import UserError
 from base.files import lock, write_bytes
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from settings import Settings
+from settings import NETWORK_FIELDS, Settings
 
 SECONDS = 60  # at least, between two archives of running trainings
 LARGEST_MEMBER, LARGEST_ARCHIVE = 2**26, 2**30  # bytes, unpacked; all files of a run take less than 6 MB
@@ -209,7 +208,7 @@ def packed_state(run: Run, files: Files, archive: Path) -> Checkpoint:
     places = {name: f"{archive}: {run.name}/{name}" for name in files if name.endswith(".pth")}
     states = {name: _read_state(files[name], place) for name, place in places.items()}
     for name, state in states.items():
-        if field := difference(knobs.NETWORK, run.settings, state.settings):
+        if field := difference(NETWORK_FIELDS, run.settings, state.settings):
             raise UserError(f"{places[name]} is of another network, with another {field}")
     return states["latest.pth"]
 

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-import settings as knobs
 from base.console import Interrupt, Parser, log
 from base.errors import UserError
 from base.files import ROOT, write_bytes
@@ -37,6 +36,7 @@ from paper import packing, studies
 from paper.studies import RESULTS
 from presets import PRESETS
 from runs import checkpoints
+from settings import NETWORK_FIELDS, Settings, map_paths, read_overrides, resolve, to_dict
 
 README, PAGE = ROOT / "README.md", ROOT / "results" / "README.md"
 DATA = {"rain800": "Zhang800", "rain100h": "Rain100H"}  # folder in data/, name in the paper
@@ -100,13 +100,13 @@ class Row(NamedTuple):
         """The checkpoint that is tested. The paper names no validation, so with its recipe it is the last step's."""
         return "latest" if self.recipe == "paper" else "best"
 
-    def settings(self, overrides: dict[str, Any]) -> knobs.Settings:
+    def settings(self, overrides: dict[str, Any]) -> Settings:
         """The settings of the row's training, with what was typed besides."""
         row = {"run": self.name, "data_dir": str(ROOT / "data" / self.data), "seed": self.seed}
-        plain = knobs.resolve(self.preset)
+        plain = resolve(self.preset)
         recipe = {**RECIPES[self.recipe], **SAME_TIME.get((self.recipe, plain.network), {})}
         settings = {**row, **recipe, **overrides}
-        return knobs.resolve(self.preset, settings)
+        return resolve(self.preset, settings)
 
     @property
     def paper(self) -> str:
@@ -165,7 +165,7 @@ def read_result(name: str) -> dict[str, Any] | None:
         raise UserError(f"{path} is no JSON: remove it, and run the row again") from None
 
 
-def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
+def write_result(row: Row, settings: Settings) -> dict[str, Any]:
     """Collect what the row's training and test left into results/NAME.json."""
     checkpoint = checkpoints.load(settings.model_path / "latest.pth")
     with open(settings.log_path / f"test_{row.tested}.csv") as file:
@@ -193,9 +193,9 @@ def write_result(row: Row, settings: knobs.Settings) -> dict[str, Any]:
     return result
 
 
-def _portable(settings: knobs.Settings) -> dict[str, Any]:
+def _portable(settings: Settings) -> dict[str, Any]:
     """The settings, of paths the last part alone: where a folder lies says something of one machine only."""
-    return {**knobs.to_dict(settings), **knobs.map_paths(settings, lambda path: Path(path).name)}
+    return {**to_dict(settings), **map_paths(settings, lambda path: Path(path).name)}
 
 
 def _mean(values: Iterator[float]) -> float:
@@ -367,7 +367,7 @@ def pack(path: Path, overrides: dict[str, Any]) -> None:
     """Pack every run of a row that lies in model_dir. Raises UserError where there is none."""
     rows = rows_with_runs(overrides)
     if not rows:
-        raise UserError(f"{knobs.resolve(overrides=overrides).model_dir} has no run of a row")
+        raise UserError(f"{resolve(overrides=overrides).model_dir} has no run of a row")
     archive = open_archive(path, rows, overrides)
     archive.write()
     log.info(f"{path} holds {', '.join(archive.contents)}")
@@ -375,7 +375,7 @@ def pack(path: Path, overrides: dict[str, Any]) -> None:
 
 def rows_with_runs(overrides: dict[str, Any]) -> list[Row]:
     """The rows whose run lies in model_dir."""
-    states = sorted(Path(knobs.resolve(overrides=overrides).model_dir).glob("*/latest.pth"))
+    states = sorted(Path(resolve(overrides=overrides).model_dir).glob("*/latest.pth"))
     return [row for path in states if (row := row_of(path.parent.name))]
 
 
@@ -527,9 +527,9 @@ def main(words: list[str]) -> int:
     known, rest = parser.parse_known_args(words)
     if known.jobs < 1 or known.minutes < 0:
         raise UserError(f"--jobs must be at least 1 and --minutes at least 0, got {known.jobs} and {known.minutes:g}")
-    overrides = knobs.read_overrides(rest)
+    overrides = read_overrides(rest)
     for name in overrides:
-        if name in ("run", "seed", *knobs.NETWORK):
+        if name in ("run", "seed", *NETWORK_FIELDS):
             raise UserError(f"--{name} is the row's own: choose another row")
     status = 0
     rows = all_rows() if known.run == ["all"] else [find_row(name) for name in known.run or ()]

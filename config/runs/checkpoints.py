@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import settings as knobs
 from base.errors import UserError
 from base.files import ROOT, write_bytes
-from settings import Settings
+from settings import Settings, from_dict, map_paths, override, to_dict
 
 FORMAT = 1
 
@@ -40,7 +39,7 @@ class Checkpoint:
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint: temporary file, sync, rename. Raises UserError where it can't; the old file stays then."""
     values = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
-    values["settings"] = checkpoint.settings and knobs.to_dict(checkpoint.settings)
+    values["settings"] = checkpoint.settings and to_dict(checkpoint.settings)
     values["versions"] = {"torch": str(torch.__version__), "python": platform.python_version()}
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **values}, buffer)
@@ -67,9 +66,9 @@ def load(path: Path) -> Checkpoint:
     stages = values.get("stages")  # an older version doubled the stages at some steps: so many were trained by then
     known = {field.name for field in dataclasses.fields(Checkpoint)}  # a later version may add others
     values = {key: value for key, value in values.items() if key in known}
-    values["settings"] = values["settings"] and knobs.from_dict(values["settings"])
+    values["settings"] = values["settings"] and from_dict(values["settings"])
     if stages:
-        values["settings"] = knobs.replace(values["settings"], {"stage_num": stages})
+        values["settings"] = override(values["settings"], {"stage_num": stages})
     return Checkpoint(**values)
 
 
@@ -87,10 +86,10 @@ def export(source: Path, path: Path, overrides: dict[str, Any], others: Sequence
     stages = whole.settings.stage_num
     if overrides.get("stage_num", 0) > stages:
         raise UserError(f"{source} was trained with {stages} stages: with more, its images come apart")
-    places = knobs.map_paths(whole.settings, lambda place: place if Path(place).is_relative_to(ROOT) else "")
+    places = map_paths(whole.settings, lambda place: place if Path(place).is_relative_to(ROOT) else "")
     places = {name: tuple(filter(None, v)) if isinstance(v, tuple) else v for name, v in places.items()}
     changes = {**places, **overrides, "run": path.stem}
-    settings = knobs.replace(whole.settings, changes)
+    settings = override(whole.settings, changes)
     save(path, Checkpoint(_mean_weights(source, whole, others), whole.step, settings))
     return whole
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model
-import settings as knobs
 from base import ranks
 from base.console import in_terminal, log
 from base.devices import autocast, compute_dtype, pick_device
@@ -21,7 +20,7 @@ from cal_ssim import METRICS, scores, to_8bit
 from dataset import read_whole
 from fast.graphs import replaying
 from runs import checkpoints
-from settings import Settings
+from settings import NETWORK_FIELDS, Settings, override, resolve
 
 OWN = ("model_dir", "log_dir", "show_dir", "device", "precision", "cuda_graphs", "mirror")  # not the training's
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
@@ -38,13 +37,13 @@ def open_network(
     averaged weights if there are any; one of the published code has none, and there
     `preset` tells. Raises UserError where there is no such checkpoint or it is another network than `preset`.
     """
-    asked = knobs.resolve(preset or "sdsen", overrides)
+    asked = resolve(preset or "sdsen", overrides)
     path, checkpoint = ranks.from_first(lambda: _find_and_load(name or asked.run, Path(asked.model_dir)))
     places = {name: getattr(asked, name) for name in OWN}
     settings = asked
     if checkpoint.settings:
-        settings = knobs.replace(checkpoint.settings, {**places, **overrides})
-        for field in knobs.NETWORK:
+        settings = override(checkpoint.settings, {**places, **overrides})
+        for field in NETWORK_FIELDS:
             if preset and getattr(settings, field) != getattr(asked, field):
                 raise UserError(
                     f"{path} has {field} {getattr(settings, field)}, preset {preset} {getattr(asked, field)}: "

@@ -14,7 +14,7 @@ from base.files import lock
 from paper import packing, tables
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from settings import replace
+from settings import override
 
 PAPER, SHORT = "cnn_rain800", "cnn_rain800_short"
 
@@ -29,7 +29,7 @@ class Place:
     def make_run(self, name, step, best=None, **changes):
         """The files that a training leaves at a step; `best` is the step of its best checkpoint."""
         run = self.find(name)
-        settings = replace(run.settings, changes)
+        settings = override(run.settings, changes)
         network = {"weight": torch.full((3,), float(step))}
         for file, at in (("latest", step), ("step_2", 2), ("best", best)):
             if at is not None:

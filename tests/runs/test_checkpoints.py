@@ -12,7 +12,7 @@ from base.errors import UserError
 from base.files import ROOT
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from settings import replace, resolve
+from settings import override, resolve
 
 SETTINGS = resolve("dsen", {"channel": 2, "depth": 4, "run": "tiny"})
 
@@ -116,7 +116,7 @@ def test_export_is_the_network_and_its_settings_alone(tmp_path):
     trained = make()
     trained.average = {name: value + 1 for name, value in trained.network.items()}
     folders = {"data_dir": "/elsewhere", "exclude": ("/elsewhere", str(ROOT / "data" / "test"))}
-    trained.settings = replace(SETTINGS, {**folders, "stage_num": 2})
+    trained.settings = override(SETTINGS, {**folders, "stage_num": 2})
     checkpoints.save(tmp_path / "run" / "latest.pth", trained)
     checkpoints.export(tmp_path / "run" / "latest.pth", tmp_path / "small.pth", {})
     values = torch.load(tmp_path / "small.pth", weights_only=True)
