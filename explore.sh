@@ -21,7 +21,7 @@ esac
 [[ $# -le 1 ]] || fail "explore.sh takes one argument, PORT"
 
 [[ -f "$root/showdir/index.html" ]] \
-  || fail "there is no page yet, $root/showdir/index.html: make it with python config/show.py, e.g. -i photo.jpg"
+  || fail "there is no page yet, $root/showdir/index.html: make it with python config/show.py -i PHOTO"
 
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)" || fail "python3 is not installed"

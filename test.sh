@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests; makes the environment first where it is missing. Arguments go to pytest.
+# Checks style and types, then runs the tests, on all cores. Makes the environment first where it is missing.
+#   bash test.sh            everything
+#   bash test.sh fast       without the slow tests
+#   bash test.sh ARGUMENTS  what pytest makes of them, such as tests/test_groupy.py
 set -euo pipefail
 cd "$(dirname "$0")"
-bash config/setup.sh
+bash config/setup.sh tests
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+if [[ $# == 0 ]]; then
+    set -- -n auto
+elif [[ "$*" == fast ]]; then
+    set -- -n auto -m "not slow"
+fi
 exec .venv/bin/python -m pytest "$@"

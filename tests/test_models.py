@@ -1,4 +1,4 @@
-"""The weights in the box: small, safe to load, as their checksums say, and worth having."""
+"""The pretrained weights: small, safe to load, as their checksums say, and worth having."""
 
 import hashlib
 
@@ -33,7 +33,8 @@ def test_shipped_weights_are_the_network_and_its_settings_alone(name):
     values = torch.load(path, weights_only=True)
     assert [values[field] for field in ("optimizer", "random", "average", "criterion")] == [None] * 4
     assert not [value for value in values["settings"].values() if str(value).startswith("/")]  # no folder of a machine
-    assert f"`{name}.pth`" in (MODELS / "README.md").read_text()
+    assert values["settings"]["run"] == name  # results land in showdir/NAME
+    assert f"`{name}.pth`" in (ROOT / "docs" / "WEIGHTS.md").read_text()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -44,7 +45,7 @@ def test_shipped_weights_take_rain_off_a_photograph(name):
     network = model.build(checkpoint.settings).eval()
     checkpoints.load_weights(network, checkpoint, path)
     assert network.output_num == stages
-    B = to_bgr8(read_image(ROOT / "pictures" / "chelsea.jpg"))
+    B = to_bgr8(read_image(ROOT / "docs" / "pictures" / "chelsea.jpg"))
     B = np.ascontiguousarray(B[-200:, -200:])  # the right third is clean
     O = add_rain(B, STYLES[style], np.random.default_rng(3))
     restored = restore_8bit(network, to_tensor(O), torch.device("cpu"))[-1]

