@@ -9,9 +9,9 @@ bash config/setup.sh tests
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-if [[ $# == 0 ]]; then
-    set -- -n auto
-elif [[ "$*" == fast ]]; then
-    set -- -n auto -m "not slow"
+if [[ $# == 0 || "$*" == fast ]]; then
+    [[ $# == 0 ]] || set -- -m "not slow"
+    set -- -n auto "$@"
+    export OMP_NUM_THREADS=1 # each core has a process of its own
 fi
 exec .venv/bin/python -m pytest "$@"
