@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import dataset as data
-import rain
 from base import ranks
 from base.errors import UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
 from settings import Settings, override
+from synthesis.styles import STYLES
 
 SETTINGS = override(Settings(), {"patch_size": 16, "batch_size": 4, "steps": 6, "seed": 3})
 
@@ -298,7 +298,7 @@ def clean_dir(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("style", rain.STYLES)
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
 def test_drawn_rain_is_grey_added_and_clipped(data_dir, clean_dir, style, aug_data):
     """`B` is the clean crop, `O = clip(B + R)` with one grey R >= 0."""

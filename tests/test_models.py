@@ -11,7 +11,8 @@ from base.files import ROOT
 from base.images import read_image, to_bgr8
 from cal_ssim import scores
 from dataset import to_tensor
-from rain import STYLES, add_rain
+from synthesis.streaks import add_rain
+from synthesis.styles import STYLES
 from runs import checkpoints
 from runs.restore import restore_8bit
 
