@@ -31,9 +31,9 @@ from datasets import builtin
 from datasets.backgrounds import shared_backgrounds, thumbnail
 from losses import IGNORED, wants_labels
 from networks.php import CLASSES
+from settings import Settings
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES
-from settings import Settings
 
 Images = tuple[np.ndarray, ...]  # B, then O unless rain is drawn on it, (H, W, 3) uint8, then labels (H, W) if any
 LABELS = "label"  # folder of them beside the pairs
