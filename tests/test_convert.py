@@ -1,4 +1,4 @@
-"""The converter: every layout that the sets are distributed in, and what it promises about the folder that it writes."""
+"""The converter: every layout that the sets are distributed in, and the folder that it writes."""
 
 from pathlib import Path
 

@@ -54,21 +54,19 @@ def make_builtin(folder: Path) -> None:
     started = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this number
         temporary.mkdir(parents=True)
         _write_pairs(temporary)
         (temporary / MARKER).write_text(VERSION)
         if not _is_finished(folder):  # another process may have been faster
-            if folder.exists():  # an older version: moved away first, since deleting in place could be interrupted
-                os.replace(folder, temporary.with_suffix(".old"))
+            shutil.rmtree(folder, ignore_errors=True)  # an older version
             os.replace(temporary, folder)
             log.info("made the built-in set in %s (%.1f s)", folder, time.perf_counter() - started)
     except OSError as error:
         if not _is_finished(folder):
             raise NotWritable(f"{folder} cannot be written: {error.strerror}") from None
     finally:
-        for left_over in (temporary, temporary.with_suffix(".old")):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_finished(folder: Path) -> bool:
@@ -100,7 +98,5 @@ def _photograph_folder() -> Path:
 
 def _shrink(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
-    factor = LONGEST_SIDE / max(height, width)
-    if factor >= 1:
-        return image
+    factor = min(1.0, LONGEST_SIDE / max(height, width))
     return cv2.resize(image, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)

@@ -128,4 +128,4 @@ def test_photographs_are_read_without_loading_scikit_image(tmp_path):
     assert (builtin._photograph_folder() / "chelsea.png").is_file()
     image = builtin._shrink(np.zeros((1000, 300, 3), np.uint8))
     assert image.shape == (400, 120, 3)
-    assert builtin._shrink(image) is image
+    assert builtin._shrink(image).shape == image.shape

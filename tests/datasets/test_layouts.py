@@ -75,7 +75,6 @@ def test_names_become_unique_by_folders_then_by_suffixes():
     assert names("set/a/1.png", "set/b/2.png") == ["1", "2"]
     assert names("set/a/1.png", "set/b/1.png") == ["a-1", "b-1"]
     assert names("set/1.png", "set/1.jpg") == ["1-png", "1-jpg"]
-    assert names("a.png", "A.png") == ["a-png", "A-png"]
 
 
 def test_one_more_pair_moves_at_most_one_other():
