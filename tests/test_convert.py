@@ -352,6 +352,12 @@ def test_interrupted_run_is_completed_to_the_unbroken_result(tmp_path, rain800, 
     assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
 
 
+def test_data_dir_in_the_download_is_not_searched(rain800):
+    for _ in range(2):
+        assert run("rain800", rain800, "--data_dir", rain800 / "converted", "--val", 3) == 0
+    assert len(names_of(rain800 / "converted", "train", "val", "test")) == 13
+
+
 def test_sets_are_not_mixed(tmp_path, rain800):
     out = tmp_path / "out"
     run("rain800", rain800, "--data_dir", out, "--val", 3)

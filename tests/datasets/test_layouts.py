@@ -74,6 +74,7 @@ def test_names_become_unique_by_folders_then_by_suffixes():
 
     assert names("set/a/1.png", "set/b/2.png") == ["1", "2"]
     assert names("set/a/1.png", "set/b/1.png") == ["a-1", "b-1"]
+    assert names("set/x/A.png", "set/y/a.png") == ["x-A", "y-a"]  # one file on some disks
     assert names("set/1.png", "set/1.jpg") == ["1-png", "1-jpg"]
 
 
@@ -84,6 +85,13 @@ def test_one_more_pair_moves_at_most_one_other():
     assert len(before - after) <= 1
     with pytest.raises(BadArgument):
         choose_validation(pairs, 200, 0)
+
+
+def test_validation_is_a_function_of_names_and_seed():
+    """Two renderings of each background stay together, and it is the same choice in every version."""
+    pairs = [Pair(Path(f"{k}_{j}"), Path(f"{k}"), (), f"{k}_{j}") for k in range(6) for j in (1, 2)]
+    assert choose_validation(pairs, 5, 0) == choose_validation(pairs[::-1], 5, 0) == {"1_1", "1_2", "2_1", "2_2"}
+    assert choose_validation(pairs, 5, 1) == {"0_1", "0_2", "1_1", "1_2"}
 
 
 def test_rain_side_of_rain_that_is_darker_than_its_background():

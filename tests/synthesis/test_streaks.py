@@ -1,4 +1,4 @@
-"""Rendering: the model O = clip(B + R), the geometry of streaks, the figures of the styles."""
+"""Rendering: the model O = clip(B + R), the geometry of streaks, and that rain stays the same."""
 
 from dataclasses import replace
 
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from synthesis import streaks
-from synthesis.measure import measure
-from synthesis.streaks import add_rain, render
+from synthesis.streaks import add_rain, picture_generator, render
 from synthesis.styles import STYLES, RainStyle, Streaks
 
 
@@ -38,6 +37,31 @@ def test_same_generator_same_rain(name):
     assert first.shape == (90, 70)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+# Mean and deviation of R over twelve pictures. Versions of OpenCV differ by up to 0.3 %.
+PINNED = {
+    "rain100h": (45.111, 47.895),
+    "rain100l": (6.692, 17.430),
+    "rain800": (13.508, 15.944),
+    "intensity": (8.320, 11.790),
+    "intensity_wo_s": (8.253, 12.191),
+    "intensity_wo_m": (8.223, 11.927),
+    "intensity_wo_l": (8.225, 9.433),
+}
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_rain_of_a_seed_stays_the_same(name):
+    rain = layers(STYLES[name], (120, 160), seeds=12)
+    assert (rain.mean(), rain.std()) == pytest.approx(PINNED[name], rel=0.004)
+
+
+def test_a_picture_s_generator_is_a_function_of_seed_name_and_number():
+    keys = ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a", 0))
+    draws = [picture_generator(*key).random() for key in keys]
+    assert draws[0] == draws[-1]
+    assert len(set(draws)) == 4
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -181,25 +205,3 @@ def test_a_crop_has_the_figures_of_a_picture(kind):
     assert small.std() == pytest.approx(large.std(), rel=0.08)
     edges = [small[:, 0].mean(), small[:, -1].mean(), small[:, :, 0].mean(), small[:, :, -1].mean()]
     assert edges == pytest.approx([small.mean()] * 4, rel=0.12)
-
-
-# Medians over pictures of: mean of R, its 99th percentile, % of pixels above 8 grey levels, each with room for chance.
-# On a ramp from black to nearly white, as on photographs, clipping takes part of R away.
-FIGURES = {
-    "rain100h": ((33, 63), (115, 180), (65, 95)),
-    "rain100l": ((3.8, 7.5), (40, 75), (14, 23)),
-    "rain800": ((9, 17), (38, 66), (40, 64)),
-    **dict.fromkeys(("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"), ((6, 11), (28, 75), (27, 52))),
-}
-
-
-@pytest.mark.parametrize("name", STYLES)
-def test_figures_of_the_styles(name):
-    ramp = np.linspace(0, 230, 160).astype(np.uint8)
-    clean = np.broadcast_to(ramp[None, :, None], (160, 160, 3)).copy()
-    rain = layers(STYLES[name], (160, 160), seeds=40)
-    figures = [measure(clean, cv2.add(clean, cv2.merge([layer] * 3)))[[0, 2, 3]] for layer in rain]
-    for value, (lowest, highest) in zip(np.median(figures, axis=0), FIGURES[name], strict=True):
-        assert lowest < value < highest
-    assert np.percentile(np.abs([direction(layer) for layer in rain]), 95) < (43 if "intensity" in name else 28)
-    assert rain.max(axis=(1, 2)).min() > 8  # no picture without rain
