@@ -53,11 +53,12 @@ from base.images import write_image
 from dataset import CropDataset, training_batches
 from fast import graphs, native
 from main import make_optimizer, record_step, recording_obstacles, train_step
-from rain import STYLES, add_rain
 from runs import checkpoints
 from runs import restore as evaluate
 from runs.checkpoints import Checkpoint
 from settings import Settings, override, resolve
+from synthesis.streaks import add_rain
+from synthesis.styles import STYLES
 from timing import LEAST, Numbers, alternate, first_call, summary
 
 SIDES = ("reference", "product")

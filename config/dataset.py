@@ -28,11 +28,12 @@ from base.errors import UserError
 from base.files import ROOT
 from base.images import list_images, read_image, read_pair, to_bgr8
 from datasets import builtin
-from datasets.backgrounds import find_twins, thumbnail
+from datasets.backgrounds import shared_backgrounds, thumbnail
 from losses import IGNORED, wants_labels
 from networks.php import CLASSES
-from rain import STYLES, add_rain
 from settings import Settings
+from synthesis.streaks import add_rain
+from synthesis.styles import STYLES
 
 Images = tuple[np.ndarray, ...]  # B, then O unless rain is drawn on it, (H, W, 3) uint8, then labels (H, W) if any
 LABELS = "label"  # folder of them beside the pairs
@@ -111,7 +112,7 @@ class CropDataset(Dataset):
                 if room >= 0:
                     self.kept[path] = images
         if excluded:
-            self._leave_out(set(find_twins(thumbs, excluded)))
+            self._leave_out(set(shared_backgrounds(thumbs, excluded)))
         what = f"clean images, {settings.rain} rain drawn on their crops," if settings.rain else "training pairs"
         own, more = len(set(first).intersection(self.paths)), ""
         if settings.more_data:
@@ -153,10 +154,7 @@ class CropDataset(Dataset):
         if others:
             O = others[0]
         else:
-            # Drawn behind the turning, so that rain leans as the style says; as anywhere in a picture of this height.
-            above = int(rng.integers(len(images[0]) - settings.patch_size + 1))
-            below = len(images[0]) - settings.patch_size - above
-            O = add_rain(B, STYLES[settings.rain], rng, (above, below))
+            O = add_rain(B, STYLES[settings.rain], rng)  # after turning, so that rain leans as the style says
         return to_tensor(O), to_tensor(B), *labels
 
 

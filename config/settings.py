@@ -19,6 +19,7 @@ import presets
 from base.console import Parser
 from base.errors import UserError
 from base.files import ROOT
+from synthesis.styles import STYLES
 
 
 def setting(default: Any, text: str, *, choices: Sequence[str] = (), minimum: float | None = None, path: bool = False):
@@ -66,10 +67,7 @@ class Settings:
     rain: str = setting(
         "",
         "style of rain, drawn afresh on every clean crop of the training; empty: the rain of the pairs as stored",
-        choices=(  # rain.STYLES
-            *("rain100h", "rain100l", "rain800", "rain100h_adding", "rain100h_varied", "rain100h_stepped"),
-            *("intensity", "intensity_wo_s", "intensity_wo_m", "intensity_wo_l"),
-        ),
+        choices=tuple(STYLES),
     )
     clean_dir: str = setting(
         "", "folder of clean images that rain is drawn on; empty: the clean halves in data_dir/train", path=True

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import dataset as data
-import rain
 from base import ranks
 from base.errors import UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor, training_batches
 from settings import Settings, override
+from synthesis.styles import STYLES
 
 SETTINGS = override(Settings(), {"patch_size": 16, "batch_size": 4, "steps": 6, "seed": 3})
 
@@ -298,7 +298,7 @@ def clean_dir(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("style", rain.STYLES)
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("aug_data", ["none", "rotate", "quarter_turns"])
 def test_drawn_rain_is_grey_added_and_clipped(data_dir, clean_dir, style, aug_data):
     """`B` is the clean crop, `O = clip(B + R)` with one grey R >= 0."""
@@ -327,18 +327,6 @@ def test_one_crop_has_other_rain_in_another_step(data_dir, clean_dir):
     (clean_dir / "b.png").unlink()
     rainy = [O for O, _ in batches(data_dir, rain="rain100h", clean_dir=str(clean_dir), steps=20)]
     assert len({crop.numpy().tobytes() for crop in torch.cat(rainy)}) == 80
-
-
-def test_crops_are_parts_of_pictures_whose_rain_is_weaker_at_the_borders(data_dir, tmp_path):
-    """Of a high picture most crops lie far from both borders."""
-    means = {}
-    for height in (32, 640):
-        folder = tmp_path / f"height{height}"
-        folder.mkdir()
-        cv2.imwrite(str(folder / "a.png"), np.full((height, 40, 3), 20, np.uint8))
-        crops = dataset(data_dir, rain="rain100h", clean_dir=str(folder), patch_size=32)
-        means[height] = np.mean([(crops[sample][0] - crops[sample][1]).float().mean() for sample in range(300)])
-    assert means[32] < 0.85 * means[640]
 
 
 def test_clean_halves_alone_are_kept(data_dir):
@@ -552,7 +540,7 @@ def test_first_scan_refuses(data_dir, kind, message):
 
 def test_data_path_without_data_dir_is_the_built_in_set(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr("builtin.make_builtin", made.append)
+    monkeypatch.setattr("datasets.builtin.make_builtin", made.append)
     folder = data_path(Settings())
     assert folder.parts[-2:] == ("data", "builtin")
     assert data_path(override(Settings(), {"data_dir": str(folder)})) == folder

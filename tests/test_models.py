@@ -11,9 +11,10 @@ from base.files import ROOT
 from base.images import read_image, to_bgr8
 from cal_ssim import scores
 from dataset import to_tensor
-from rain import STYLES, add_rain
 from runs import checkpoints
 from runs.restore import restore_8bit
+from synthesis.streaks import add_rain
+from synthesis.styles import STYLES
 
 MODELS = ROOT / "models"
 SHIPPED = {  # name: stages, style of rain that it was trained for, dB that it must gain there

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import rain
 from base.errors import UserError
 from base.files import ROOT
 from presets import PRESETS
@@ -105,7 +104,6 @@ def test_values_that_are_refused(values, message):
 
 
 def test_rain_is_none_or_a_style_of_rain_py():
-    assert FIELDS["rain"].metadata["choices"] == tuple(rain.STYLES)
     assert read_overrides(["--rain", ""]) == {"rain": ""}
     drawn = override(Settings(), {"rain": "rain800", "clean_dir": "clean"})
     assert drawn.clean_dir == str(ROOT / "clean")

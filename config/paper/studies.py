@@ -29,9 +29,10 @@ from base.images import read_pair
 from cal_ssim import METRICS, scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
-from rain import STYLES, RainStyle, render
 from runs.restore import how_to_restore, open_network, restore, restore_8bit, score_pairs
 from settings import Settings
+from synthesis.streaks import render
+from synthesis.styles import STYLES, RainStyle
 
 RESULTS = ROOT / "results"
 PLOT = ROOT / "pictures" / "tilt.png"

@@ -1,1 +1,1 @@
-"""Synthetic rain."""
+"""Synthetic rain: its styles, how streaks are rendered, and figures to compare it with real rain."""

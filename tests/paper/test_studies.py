@@ -9,7 +9,6 @@ import torch
 
 import main
 import model
-import rain
 from base.errors import UserError
 from cal_ssim import scores
 from conftest import make_pair
@@ -18,6 +17,8 @@ from paper import studies, tables
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
 from settings import resolve
+from synthesis.measure import angle_histogram
+from synthesis.styles import STYLES
 
 
 @pytest.fixture
@@ -40,11 +41,9 @@ def places(tmp_path, monkeypatch):
 
 def test_the_same_rain_leans_by_the_angle():
     """Turned rain has its energy at the angle, and a quarter turn is exact."""
-    style = rain.STYLES["rain100l"]
+    style = STYLES["rain100l"]
     layers = {a: studies.turned_rain(256, style, a, np.random.default_rng(3)) for a in (0, 30, 60, 90, -90)}
-    histograms = {
-        a: rain.angle_histogram(np.zeros((256, 256, 3), np.uint8), cv2.merge([R] * 3)) for a, R in layers.items()
-    }
+    histograms = {a: angle_histogram(np.zeros((256, 256, 3), np.uint8), cv2.merge([R] * 3)) for a, R in layers.items()}
     upright = int(histograms[0].argmax())
     for angle in (30, 60, 90):
         assert histograms[angle].argmax() == (upright + angle // 15) % 12
@@ -54,7 +53,7 @@ def test_the_same_rain_leans_by_the_angle():
 
 def test_turning_does_not_change_how_strong_and_sharp_the_rain_is():
     """The mean squares of rain and of its differences, over some pictures, are the same at every angle."""
-    style = rain.STYLES["rain100l"]
+    style = STYLES["rain100l"]
     energies = {}
     for angle in (0, 15, 45, 90):
         layers = [studies.turned_rain(512, style, angle, np.random.default_rng(i)).astype(float) for i in range(8)]
@@ -66,7 +65,7 @@ def test_turning_does_not_change_how_strong_and_sharp_the_rain_is():
 
 def test_pairs_are_the_middle_of_the_backgrounds_under_the_same_rain(places, tmp_path):
     paths = list_pairs(tmp_path / "data" / "test")
-    both = {a: studies.tilted_pairs([(5, paths[0])], rain.STYLES["rain100l"], a, 0)[0] for a in (0, 90)}
+    both = {a: studies.tilted_pairs([(5, paths[0])], STYLES["rain100l"], a, 0)[0] for a in (0, 90)}
     middle = cv2.imread(str(paths[0]))[6:54, 6:54]
     for O, B in both.values():
         assert (B.numpy().transpose(1, 2, 0) == middle).all()
@@ -74,7 +73,7 @@ def test_pairs_are_the_middle_of_the_backgrounds_under_the_same_rain(places, tmp
     layers = [(O.int() - B.int()).amax(0) for O, B in both.values()]
     dark = (both[0][1] < 60).all(0) & (both[90][1] < 60).all(0)  # where nothing saturates
     assert (layers[0] != layers[1])[dark].any()
-    again = studies.tilted_pairs([(5, paths[0])], rain.STYLES["rain100l"], 0, 0)[0]
+    again = studies.tilted_pairs([(5, paths[0])], STYLES["rain100l"], 0, 0)[0]
     assert torch.equal(again[0], both[0][0])
 
 
@@ -87,7 +86,7 @@ def test_tilt_writes_table_and_plot(places, tmp_path):
     assert list(result["psnr"]) == ["rainy input", "a", "b"]
     assert result["psnr"]["a"] != result["psnr"]["b"]
     paths = [path for path in list_pairs(tmp_path / "data" / "test") if path.stem != "1"][:2]
-    pairs = studies.tilted_pairs(list(enumerate(paths)), rain.STYLES["rain100l"], 30, 0)
+    pairs = studies.tilted_pairs(list(enumerate(paths)), STYLES["rain100l"], 30, 0)
     expected = np.mean([scores(O, B)["psnr"] for O, B in pairs])
     assert result["psnr"]["rainy input"][result["angles"].index(30)] == pytest.approx(expected, abs=1e-4)
     picture = cv2.imread(str(tmp_path / "tilt.png"))

@@ -1,0 +1,220 @@
+"""What downloads look like: which images are clean or rainy, training or test, and a pair; how pairs are named."""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from base.errors import BadArgument, Mismatch, UserError
+from base.images import list_images, read_image, read_pair, to_bgr8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a data set is distributed; the three patterns are of folder names in lower case."""
+
+    joined: bool  # one file holds both halves; else two files, paired by name
+    folder: str  # folders of this set alone: in a download of several sets, the others are ignored
+    test_folder: str = "$^"  # folders of the test set whose names do not say so
+    only: str = ""  # the one split that the set consists of
+
+
+LAYOUTS = {
+    "rain800": Layout(True, "rain800|id-?cgan"),
+    "rain100h": Layout(False, "100h|(train|test)_?(h|heavy)$", "rain100h"),
+    "rain100l": Layout(False, "100l|(train|test)_?(l|light)$", "rain100l"),
+    "rain12": Layout(False, "rain12$", only="test"),
+    "rain1200": Layout(True, "1200|did-?mdn|^rain_(heavy|medium|light)$"),
+    "rain1400": Layout(False, "1400|rainy_image_dataset"),
+    "joined": Layout(True, "$^"),  # any other set of joined files
+}
+# Real rain has no ground truth; streak and region are the rain layers in the releases of Rain100H and Rain100L.
+NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|(^|[-_ ])real")
+NO_PAIR_FILE = re.compile("rain[-_ ]?(streak|region|mask)")
+CLEAN, RAINY = "norain|clean|gt|ground[-_]?truth|background|target|label", "rainy|rain|input|in|rainy[-_]image"
+ROLE_FOLDERS = {"clean": re.compile(f"({CLEAN})s?"), "rainy": re.compile(f"({RAINY})s?")}
+ROLE_NAMES = {  # "norain-1", "001_GT", "rain-1", "001_in"
+    role: re.compile(rf"({words})([-_ ].*|\d.*)|.*[-_ ]({words})")
+    for role, words in (("clean", CLEAN), ("rainy", RAINY))
+}
+PREFIX = re.compile(rf"^({CLEAN}|{RAINY})([-_ ]|(?=\d))")
+SUFFIX = re.compile(rf"[-_ ]({CLEAN}|{RAINY})$|(?<=\d)x2$")
+SAMPLE = 100  # joined files of a split that vote on the clean side
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image of the download."""
+
+    path: Path
+    parts: tuple[str, ...]  # names of the folders between the download and the image
+    role: str  # "clean", "rainy"; "" where neither the folder nor the name tells
+
+
+@dataclass
+class Pair:
+    """One pair of the download."""
+
+    rainy: Path
+    clean: Path | None  # None where `rainy` is a joined file
+    parts: tuple[str, ...]
+    name: str  # of the file to write, without its suffix
+    clean_left: bool = True  # of a joined file: whether its left half is the clean one
+
+
+def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> tuple[dict[str, list[Found]], list[str]]:
+    """The images of one set in an unpacked download by split, and a line for everything that is ignored.
+
+    `split` is what all of `root` is; without it, the folders' names tell. `data_dir` is not searched.
+    """
+    found, ignored = defaultdict(list), []
+    for folder, subfolders, _ in os.walk(root):
+        folder = Path(folder)
+        skipped = {s for s in subfolders if s[0] == "." or s == "__MACOSX" or (folder / s).resolve() == data_dir}
+        subfolders[:] = sorted(set(subfolders) - skipped)
+        parts = folder.relative_to(root).parts
+        everything = [path for path in list_images(folder) if path.name[0] != "."]
+        images = [path for path in everything if not NO_PAIR_FILE.match(path.stem.lower())]
+        if len(images) < len(everything):
+            ignored.append(f"{folder}: {len(everything) - len(images)} images of the rain alone")
+        where, reason = split_of(set_name, root, parts, split)
+        if where:
+            found[where] += [Found(path, parts, role_of(path, parts)) for path in images]
+        elif images:
+            ignored.append(f"{folder} ({len(images)} images): {reason}")
+    return {where: images for where, images in found.items() if images}, ignored
+
+
+def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> tuple[str, str]:
+    """("train" or "test", "") for a folder of a download, or ("", why it is ignored).
+
+    Without `split`, the innermost name with "train" or "test" in it decides, `root`'s own last.
+    """
+    layout, names = LAYOUTS[set_name], [part.lower() for part in parts]
+    if any(NO_PAIR_FOLDER.search(name) for name in names):
+        return "", "no pairs, by its name"
+    for other, its in LAYOUTS.items():
+        if any(re.search(its.folder, name) for name in names) and not any(re.search(layout.folder, n) for n in names):
+            return "", f"it belongs to {other}"
+    names = [*reversed(names), root.resolve().name.lower()]
+    splits = [word for name in names for word in ("train", "test") if word in name]
+    splits += ["test"] * any(re.fullmatch(layout.test_folder, name) for name in names)
+    split = split or layout.only or "".join(splits[:1])
+    return split, "" if split else "its name says neither train nor test: --train and --test can name folders"
+
+
+def role_of(path: Path, parts: tuple[str, ...]) -> str:
+    """Clean, rainy or "". The innermost folder that tells decides: `rain/X2/norain-1x2.png` is rainy."""
+    for part in reversed(parts):
+        for role, pattern in ROLE_FOLDERS.items():
+            if pattern.fullmatch(part.lower()):
+                return role
+    return next((role for role, pattern in ROLE_NAMES.items() if pattern.fullmatch(path.stem.lower())), "")
+
+
+def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
+    """Pairs of rainy and clean images, and a line for every image without exactly one partner.
+
+    Equal stems come first, then equal bare stems, then `stem_k` with `stem`. Several rainy images may share one clean
+    image. Folders belong together where they differ only in words for clean or rainy.
+    """
+    clean = defaultdict(lambda: defaultdict(list))  # clean[place][key] = files
+    for image in (image for image in images if image.role == "clean"):
+        clean[_place(image)]["whole", image.path.stem.lower()].append(image.path)
+        clean[_place(image)]["bare", bare(image.path.stem)].append(image.path)
+    pairs, left_out, used = [], [], set()
+    for image in (image for image in images if image.role == "rainy"):
+        short, partners = bare(image.path.stem), clean[_place(image)]
+        keys = (("whole", image.path.stem.lower()), ("bare", short), ("bare", re.sub(r"_\d+$", "", short)))
+        candidates = next((partners[key] for key in keys if key in partners), [])
+        used.update(candidates)
+        if len(candidates) == 1:
+            pairs.append(Pair(image.path, candidates[0], image.parts, short))
+        else:
+            left_out.append(f"{image.path}: {len(candidates) or 'no'} clean images fit it")
+    left_out += [f"{i.path}: no rainy image fits it" for i in images if i.role == "clean" and i.path not in used]
+    left_out += [f"{i.path}: neither its folder nor its name says clean or rainy" for i in images if not i.role]
+    return pairs, left_out
+
+
+def bare(stem: str) -> str:
+    """A file's stem in lower case without words for clean or rainy: "norain-1x2" and "rain-1" are both "1"."""
+    stem = stem.lower()
+    return SUFFIX.sub("", PREFIX.sub("", stem)) or stem
+
+
+def _place(image: Found) -> tuple[str, ...]:
+    neutral = (*ROLE_FOLDERS.values(), re.compile("x2"))
+    return tuple(part for part in image.parts if not any(pattern.fullmatch(part.lower()) for pattern in neutral))
+
+
+def make_names_unique(pairs: list[Pair]) -> None:
+    """Prefix the names of one split by the folders in which they differ (Rain1200: "Rain_Heavy-1"), where needed."""
+    common = set.intersection(*(set(pair.parts) for pair in pairs)) if pairs else set()
+    folders = ["".join(f"{part}-" for part in pair.parts if part not in common) for pair in pairs]
+    plain = [pair.name for pair in pairs]
+    longer = [folder + name for folder, name in zip(folders, plain, strict=True)]
+    longest = [folder + pair.rainy.name.replace(".", "-") for folder, pair in zip(folders, pairs, strict=True)]
+    # Compared in lower case, because some disks take "A" and "a" for one file.
+    unique = (names for names in (plain, longer, longest) if len({name.lower() for name in names}) == len(names))
+    for pair, name in zip(pairs, next(unique, longest), strict=True):
+        pair.name = name
+
+
+def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
+    """Names of at most `count` pairs: a function of the pairs' names and `seed` alone.
+
+    Pairs that share a clean file stay together. The order is that of hashes, so one more pair moves at most one other
+    group. Raises BadArgument where nothing is left to train on.
+    """
+    if pairs and count >= len(pairs):
+        raise BadArgument(f"--val {count} leaves none of the {len(pairs)} training pairs to train on: lower it")
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[pair.clean or pair.rainy].append(pair.name)
+    chosen = set()
+    for names in sorted(groups.values(), key=lambda names: hashlib.sha256(f"{seed}:{min(names)}".encode()).digest()):
+        if len(chosen) + len(names) <= count:
+            chosen.update(names)
+    return chosen
+
+
+def rain_side(first: np.ndarray, second: np.ndarray) -> int:
+    """Which of two (H, W, 3) uint8 images is the rainy one: -1 first, 1 second, 0 unknown.
+
+    Streaks add detail; they are narrow and brighter than what they cover, so the fine part of rainy - clean is skewed
+    upwards. Both must agree. The mean brightness does not tell: in Rain800 many rainy images are dimmed as a whole.
+    """
+    a, b = (cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32) for image in (first, second))
+    detail = [cv2.norm(cv2.Laplacian(image, cv2.CV_32F), cv2.NORM_L1) for image in (a, b)]
+    fine = (b - a) - cv2.blur(b - a, (7, 7))
+    skew, gain = np.sign(float((fine * fine * fine).sum())), np.sign(detail[1] - detail[0])
+    return int(skew) if skew == gain else 0
+
+
+def find_clean_side(paths: list[Path]) -> tuple[str, bool]:
+    """("left" or "right", whether that is clear): the vote of about `SAMPLE` evenly spread joined files."""
+    votes = Counter()
+    for path in paths[:: max(1, len(paths) // SAMPLE)]:
+        with contextlib.suppress(UserError):  # reported when this pair is converted
+            votes[rain_side(*read_pair(path))] += 1
+    left, right = votes[1], votes[-1]
+    return "left" if left >= right else "right", max(left, right) > 2 * min(left, right)
+
+
+def read_download(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """A pair of the download as (B, O), each (H, W, 3) uint8. Raises UserError where it cannot be read or split."""
+    if pair.clean is None:
+        left, right = read_pair(pair.rainy)
+        return (left, right) if pair.clean_left else (right, left)
+    B, O = to_bgr8(read_image(pair.clean)), to_bgr8(read_image(pair.rainy))
+    if B.shape != O.shape:
+        sizes = " but ".join(f"{image.shape[1]}x{image.shape[0]}" for image in (O, B))
+        raise Mismatch(f"{pair.rainy}: its size is {sizes} for its clean image {pair.clean}")
+    return B, O
