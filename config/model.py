@@ -182,7 +182,7 @@ class DSEN(Network):
 
     @contextmanager
     def _optimized_stage(self) -> Iterator[Callable]:
-        """`stage`, in channels-last memory, with filters made once for all stages, compiled or checkpointed if set so."""
+        """`stage` in channels-last memory, with filters made once for all stages, compiled or checkpointed if set."""
         compiled = self.compiled_stage if self.training else None
         layers = [module for module in self.modules() if isinstance(module, FilterLayer)]
         with shared_filters() as filters:

@@ -150,7 +150,7 @@ def record(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Re
 
 @contextmanager
 def replaying(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within this, on a CUDA GPU, `network.at_once` replays graphs. The network's weights must stay at their addresses."""
+    """Within this, on a CUDA GPU, `network.at_once` replays graphs; the weights must stay at their addresses."""
     if device.type != "cuda" or not network.cuda_graphs:
         yield
         return

@@ -41,9 +41,8 @@ def _free_in_control_group() -> float:
         except (OSError, ValueError):
             continue
         if allowed != "max":
-            return (
-                int(allowed) - current + int(statistics.get("inactive_file", 0))
-            )  # file pages are given back on demand
+            # Pages of files are freed on demand.
+            return int(allowed) - current + int(statistics.get("inactive_file", 0))
     return math.inf
 
 
@@ -88,8 +87,8 @@ class MemoryBudget:
         except OSError as error:
             raise OutOfMemory(
                 f"out of memory: the image needs {size / GIB:.1f} GiB more, and {folder} has only "
-                f"{shutil.disk_usage(folder).free / GIB:.1f} GiB free ({error.strerror}): set TMPDIR to another folder, "
-                "or make the image smaller"
+                f"{shutil.disk_usage(folder).free / GIB:.1f} GiB free ({error.strerror}): set TMPDIR to another "
+                "folder, or make the image smaller"
             ) from None
         self.mapped.append(mapped)
         return torch.frombuffer(mapped, dtype=dtype).view(shape)

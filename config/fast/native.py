@@ -103,7 +103,7 @@ def convolve(
 
 
 def matrices_gradient(inputs: Sequence[Tensor], gradient: Tensor) -> Tensor:
-    """The gradient (64, I, O) of the matrices, from the inputs (N, H, W, I_k) and the output's gradient (N, H, W, O)."""
+    """The gradient (64, I, O) of the matrices, from inputs (N, H, W, I_k) and the output's gradient (N, H, W, O)."""
     threads, rows, columns = torch.get_num_threads(), sum(x.shape[-1] for x in inputs), gradient.shape[-1]
     totals = torch.zeros(threads, 64, rows + -rows % CHANNELS, columns + -columns % CHANNELS)
     inputs, gradient = [_dense(x) for x in inputs], _dense(gradient)

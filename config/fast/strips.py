@@ -130,7 +130,7 @@ class Strips:
         return x[self.overlap :].zero_()
 
     def _clear_outside(self, band: Tensor, end: int) -> None:
-        """Zeros in the last tile beyond the image's width and in rows, which end at image row `end`, below the image."""
+        """Zeros outside the image, in the last tile and in the last rows of a band that ends at image row `end`."""
         if self.width % TILE:
             band[:, self.width % TILE :, -2] = 0
         if end > self.height:

@@ -14,6 +14,7 @@ from base.errors import UserError
 from conftest import make_pair
 from dataset import to_tensor
 from fast import windows
+from fast.any_size import rain_layers
 from settings import resolve
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def plain(network, O):
 
 
 def staged(network, O, *how, **keywords):
-    return torch.stack(list(network.each_stage(O, *how, **keywords)))
+    return torch.stack(list(rain_layers(network, O, *how, **keywords)))
 
 
 def watch(network, monkeypatch, most=math.inf, error=FULL):
@@ -70,7 +71,7 @@ def watch(network, monkeypatch, most=math.inf, error=FULL):
 def set_rows(monkeypatch, width, rows, least=1):
     """Lets windows of an image `width` pixels wide begin with `rows` rows, or twice the halo, and not fall below."""
     monkeypatch.setattr(windows, "CPU_PIXELS", rows * width)
-    monkeypatch.setattr(windows, "LEAST_ROWS", least)
+    monkeypatch.setattr(windows, "MIN_ROWS", least)
 
 
 def rows_with_halo(network, height, rows):
@@ -127,7 +128,7 @@ def test_no_memory_is_windows_of_the_least_rows(name, monkeypatch):
     seen = watch(network, monkeypatch)
     found = staged(network, O, memory_gib=1e-6, tick=shares.append)
     assert (found - wanted).abs().max() < 1e-5
-    assert seen == rows_with_halo(network, 143, windows.LEAST_ROWS)
+    assert seen == rows_with_halo(network, 143, windows.MIN_ROWS)
     assert len(seen) == math.ceil(143 / 8)
     assert sum(shares) == pytest.approx(1)
 
@@ -140,10 +141,10 @@ def test_windows_take_the_memory_that_there_is(name, rows, monkeypatch):
     # What is kept besides: the rain layers, the image, and three of what the caller makes of it.
     besides = 4 * O.numel() * (network.output_num + 3)
 
-    def little(room, limit_gib):
-        room.left = besides + (asked + 0.5) * 8 * network.pixel_bytes
+    def little(budget, limit_gib):
+        budget.left = besides + (asked + 0.5) * 8 * network.pixel_bytes
 
-    monkeypatch.setattr(windows.Room, "__init__", little)
+    monkeypatch.setattr(windows.MemoryBudget, "__init__", little)
     wanted = plain(network, O)
     seen = watch(network, monkeypatch)
     assert (staged(network, O) - wanted).abs().max() < 1e-5
@@ -169,18 +170,6 @@ def test_the_first_stages_alone(name, memory_gib):
         found = staged(network, O, count, memory_gib=memory_gib)
         assert len(found) == count
         assert (found - wanted[:count]).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("memory_gib", [0.0, 1e-6])
-def test_a_rain_layer_is_the_callers_to_overwrite(memory_gib):
-    network, O = make("coarse2fine"), image(33, 12)
-    wanted, before, found = plain(network, O), O.clone(), []
-    for R in network.each_stage(O, memory_gib=memory_gib):
-        found.append(R.clone())
-        R.fill_(7.0)
-    assert (torch.stack(found) - wanted).abs().max() < 1e-5
-    assert torch.equal(O, before)
-    assert not any(parameter.grad is not None for parameter in network.parameters())
 
 
 # ---------------------------------------------------------------- a full memory
@@ -246,26 +235,26 @@ def test_bf16_is_near_float32(name, memory_gib):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_repeated_activations_give_the_same_gradients(name, precision):
+def test_checkpointed_activations_give_the_same_gradients(name, precision):
     network, O, calls = make(name).train(), image(20, 18)[None], []
     part = network.stage.block if name.startswith("coarse2fine") else network.pyramids
     part.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     found = []
-    for repeated in (False, True):
-        network.checkpoint_activations = repeated
+    for checkpointed in (False, True):
+        network.checkpoint_activations = checkpointed
         network.zero_grad()
         calls.clear()
         with devices.autocast(precision, CPU):
             rain_layers = network(O)
         sum(R.square().mean() for R in rain_layers).backward()
         stages = network.stage_num if name.startswith("coarse2fine") else 1
-        assert len(calls) == (1 + repeated) * stages
+        assert len(calls) == (1 + checkpointed) * stages
         found.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
     assert (found[1] - found[0]).abs().max() < 1e-6 * max(1, found[0].abs().max())
     assert found[0].norm() > 0.01
 
 
-def test_activations_are_not_kept_where_they_are_repeated():
+def test_checkpointed_activations_are_not_kept():
     """The tensors that wait for the gradients: the blocks' are gone."""
     network, O, kept = make("coarse2fine").train(), image(20, 18)[None], []
     for network.checkpoint_activations in (False, True):
