@@ -6,8 +6,7 @@ layer of O: stage t + 1 gets O - R_t, and all stages share their weights (sectio
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from base.devices import autocast_dtype, without_autocast
 from base.errors import BadArgument
-from fast.convolution import FilterLayer, SharedConv2d, compiled_filters, shared_filters
+from fast.convolution import SharedConv2d, filters_of, shared_filters
 from groupy import P4ConvP4, P4ConvZ2
 from networks.base import Network
 from networks.coarse2fine import Coarse2Fine
@@ -46,12 +45,9 @@ class SEBlock(nn.Module):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
 
-    def attention(self, means: Tensor) -> Tensor:
-        """The weights (N, C, 1, 1) of the channels, from their means (N, C) over the whole image."""
-        return self.fc(means)[..., None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.attention(x.mean((-2, -1)))
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """`means` (N, C) are the channels' over the whole image, if `x` is a part of it."""
+        return x * self.fc(x.mean((-2, -1)) if means is None else means)[..., None, None]
 
 
 class Aggregation(nn.Module):
@@ -162,7 +158,7 @@ class DSEN(Network):
         _, se, activation, last = self.dec
         with without_autocast(features):
             if isinstance(se, SEBlock):
-                features = features * se.attention(features.mean((-2, -1)) if means is None else means)
+                features = se(features, means)
             return last(activation(features))
 
     def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
@@ -172,28 +168,23 @@ class DSEN(Network):
         """
         if O.dim() != 4 or O.shape[1] != 3:
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
-        rain_layers, image, states = [], O, [None] * len(self.re_layer)
-        with self._optimized_stage() as stage:
-            for _ in range(stage_num or self.stage_num):
-                R, states = stage(image, states)  # R (N, 3, H, W), each state (N, C, 4, H, W)
-                rain_layers.append(R)
-                image = O - R
+        stage, rain_layers, image, states = self._optimized_stage(), [], O, [None] * len(self.re_layer)
+        for _ in range(stage_num or self.stage_num):
+            R, states = stage(image, states)  # R (N, 3, H, W), each state (N, C, 4, H, W)
+            rain_layers.append(R)
+            image = O - R
         return rain_layers
 
-    @contextmanager
-    def _optimized_stage(self) -> Iterator[Callable]:
+    def _optimized_stage(self) -> Callable:
         """`stage` in channels-last memory, with filters made once for all stages, compiled or checkpointed if set."""
-        compiled = self.compiled_stage if self.training else None
-        layers = [module for module in self.modules() if isinstance(module, FilterLayer)]
-        with shared_filters() as filters:
-            for layer in layers:
-                layer.filters().prepare()  # before the stages, so that all stages do the same
+        stage = self.compiled_stage if self.compiled_stage and self.training else self.stage
+        filters = filters_of(self)
 
-            def stage(image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-                with shared_filters(filters), compiled_filters(layers if compiled else ()):
-                    return (compiled or self.stage)(image.contiguous(memory_format=torch.channels_last), states)
+        def optimized(image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+            with shared_filters(filters):
+                return stage(image.contiguous(memory_format=torch.channels_last), states)
 
-            yield self.checkpointed(stage)
+        return self.checkpointed(optimized)
 
     def compile(self, *arguments, **keywords) -> None:
         """As `nn.Module.compile`, but only for training, and one stage at a time: all stages are the same code."""

@@ -97,7 +97,7 @@ def test_gradients_after_an_evaluation():
 @pytest.mark.parametrize(
     ("cls", "shape", "expected"),
     [
-        (P4ConvZ2, (1, 3, 8, 8), r"\(N, 2, H, W\), got \(1, 3, 8, 8\)"),
+        (P4ConvZ2, (1, 3, 8, 8), r"\(N, 2, H, W\).*\(1, 3, 8, 8\)"),
         (P4ConvZ2, (1, 2, 4, 8, 8), r"\(N, 2, H, W\)"),
         (P4ConvZ2, (2, 8, 8), r"\(N, 2, H, W\)"),
         (P4ConvP4, (1, 2, 8, 8), r"\(N, 2, 4, H, W\)"),
@@ -106,15 +106,15 @@ def test_gradients_after_an_evaluation():
     ],
 )
 def test_input_that_does_not_fit(cls, shape, expected):
-    with pytest.raises(ValueError, match=f"{cls.__name__} expects an input of shape {expected}"):
+    with pytest.raises(ValueError, match=f"{cls.__name__}.*{expected}"):
         cls(2, 2, 3)(torch.zeros(shape))
 
 
 def test_input_on_another_device():
-    with pytest.raises(ValueError, match="weights on cpu, but the input is on meta"):
+    with pytest.raises(ValueError, match=r"cpu.*meta"):
         P4ConvZ2(2, 2, 3)(torch.zeros(1, 2, 8, 8, device="meta"))
 
 
 def test_kernel_that_is_not_square():
-    with pytest.raises(ValueError, match=r"square; got \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"\(3, 5\)"):
         P4ConvZ2(2, 2, (3, 5))

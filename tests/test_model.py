@@ -186,7 +186,7 @@ def test_fewer_stages_are_the_first_ones():
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 4, 8, 8)])
 def test_images_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match=r"expects rainy images of shape \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
         small()(torch.zeros(shape))
 
 
@@ -261,8 +261,8 @@ def counter():
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.5", reason="main.py does not compile with PyTorch 2.4")
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "checkpointed"), [("float32", False), ("bf16", True)])
 @pytest.mark.parametrize("preset", ["sdsen_s2", "mcnn_sr"])
 def test_a_compiled_network_is_the_same_one(preset, checkpointed, precision, counter):
     network = reduced(preset)

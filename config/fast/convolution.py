@@ -1,6 +1,6 @@
 """Convolutions of networks whose stages share their weights: filters are made once, and the fastest way is taken.
 
-`conv2d` chooses the way. Within `shared_filters`, that is, in the forward pass of a network, 5x5 convolutions go
+`conv2d` chooses the way. With shared filters, that is, in the forward pass of a network, 5x5 convolutions go
 
 - in float32 on the CPU through the compiled library (winograd.py), if they have enough channels;
 - under autocast with 16-bit copies of the filters that are made once as well, with as many outputs as the device is
@@ -9,7 +9,6 @@
 Everything else is PyTorch's own convolution.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -31,11 +30,12 @@ class Filters:
     They live no longer than the forward pass that made them, and its gradients.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, half: Tensor | None = None, full: "Filters | None" = None):
-        """The first input channels of `full` have these filters, so what was derived from it need only be cut."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, shared: bool = False, full: "Filters | None" = None):
+        """`shared` by the stages of a network; of `full`, if given, these are the first input channels' filters."""
         self.weight = weight.contiguous(memory_format=torch.channels_last)  # as the images that they meet
-        self.bias = bias
-        self._half, self._full = half, full
+        self.bias, self.shared = bias, shared
+        self._half: Tensor | None = None
+        self._full = full
 
     @cached_property
     def matrices(self) -> Tensor:
@@ -64,55 +64,21 @@ class Filters:
         return self._half
 
     def prepare(self) -> None:
-        """Compute the matrices, with their gradients, if `conv2d` is going to need them."""
-        if winograd_fits((), self.weight):
+        """Compute what `conv2d` is going to need, with its gradients."""
+        if dtype := autocast_dtype(self.weight):
+            self.half(dtype)
+        if winograd_fits((), self):
             self.matrices  # noqa: B018
 
     def of_first(self, inputs: int) -> "Filters":
         """The filters of the first `inputs` input channels alone."""
-        return Filters(self.weight[:, :inputs], self.bias, full=self)
-
-
-class _Shared(threading.local):
-    filters: dict["FilterLayer", Filters] | None = None
-
-
-_shared = _Shared()
-
-
-@contextmanager
-def shared_filters(filters: dict | None = None) -> Iterator[dict]:
-    """Within this, each layer makes its filters once, gradients included: for the stages of one forward pass.
-
-    Gives the filters by their layers, for another `shared_filters` around work that is recomputed later. The weights
-    must not change before that is done.
-    """
-    filters = {} if filters is None else filters
-    outer, _shared.filters = _shared.filters, filters
-    try:
-        yield filters
-    finally:
-        _shared.filters = outer
-
-
-@contextmanager
-def compiled_filters(layers: Sequence["FilterLayer"]) -> Iterator[None]:
-    """Within this, compiled code finds the shared filters of `layers`, which it cannot look up by their layer."""
-    for layer in layers:
-        filters = layer.filters()
-        dtype = autocast_dtype(filters.weight)
-        layer.prepared = (filters.weight, filters.bias, dtype and filters.half(dtype))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.prepared = None
+        return Filters(self.weight[:, :inputs], self.bias, self.shared, full=self)
 
 
 class FilterLayer:
     """For a convolution layer: the filters that it makes of its parameters, anew in each forward pass."""
 
-    prepared: tuple | None = None  # see `compiled_filters`
+    shared: Filters | None = None  # see `shared_filters`
 
     def make_filters(self) -> tuple[Tensor, Tensor | None]:
         """The ordinary convolution's filters (O, I, k, k) and bias (O)."""
@@ -120,14 +86,28 @@ class FilterLayer:
 
     def filters(self) -> Filters:
         """Those of this forward pass, within `shared_filters`, or new ones."""
-        if self.prepared is not None and torch.compiler.is_compiling():
-            return Filters(*self.prepared)
-        shared = _shared.filters
-        if shared is None:
-            return Filters(*self.make_filters())
-        if self not in shared:
-            shared[self] = Filters(*self.make_filters())
-        return shared[self]
+        return Filters(*self.make_filters()) if self.shared is None else self.shared
+
+
+def filters_of(network: nn.Module) -> dict[FilterLayer, Filters]:
+    """The filters of all layers of `network`, gradients included, for the stages of one forward pass."""
+    layers = (module for module in network.modules() if isinstance(module, FilterLayer))
+    filters = {layer: Filters(*layer.make_filters(), shared=True) for layer in layers}
+    for shared in filters.values():
+        shared.prepare()  # before the stages, so that all stages do the same
+    return filters
+
+
+@contextmanager
+def shared_filters(filters: dict[FilterLayer, Filters]) -> Iterator[None]:
+    """Within this, each layer uses these filters. The weights must not change before the gradients are computed."""
+    for layer, shared in filters.items():
+        layer.shared = shared
+    try:
+        yield
+    finally:
+        for layer in filters:
+            layer.shared = None
 
 
 class SharedConv2d(FilterLayer, nn.Conv2d):
@@ -159,28 +139,29 @@ def conv2d(
         spread = spread_constant(filters.weight[:, known:], constant, *inputs[0].shape[-2:])
         y = conv2d(inputs, filters.of_first(known), stride, padding)
         return y + spread.to(y.dtype)
-    if same_size and winograd_fits(inputs, filters.weight):
+    if same_size and winograd_fits(inputs, filters):
         return Convolution.apply(lambda: filters.transposed, filters.matrices, filters.weight, filters.bias, *inputs)
     dtype = autocast_dtype(inputs[0])
-    if same_size and dtype is not None and (torch.compiler.is_compiling() or _shared.filters is not None):
+    if same_size and dtype is not None and filters.shared:
         inputs = [x.to(dtype) for x in inputs]
         return HalfConvolution.apply(filters.half(dtype), filters.weight, filters.bias, *inputs)
     return F.conv2d(side_by_side(inputs), filters.weight, filters.bias, stride, padding)
 
 
-def winograd_fits(inputs: Sequence[Tensor], weight: Tensor) -> bool:
+def winograd_fits(inputs: Sequence[Tensor], filters: Filters) -> bool:
     """Whether the compiled library takes these images (N, I_k, H, W) and filters (O, I, 5, 5).
 
     Only in a network's forward pass, whose output it keeps to 1e-5: the output of a single layer, which may be compared
     with GrouPy's, would not be as close.
     """
+    tensors = (*inputs, filters.weight)
     return (
-        not torch.compiler.is_compiling()
-        and _shared.filters is not None
-        and weight.shape[-2:] == (KERNEL, KERNEL)
-        and len(weight) >= native.CHANNELS
-        and all(x.shape[1] >= native.CHANNELS for x in (*inputs, weight))
-        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (*inputs, weight))
+        filters.shared
+        and not torch.compiler.is_compiling()
+        and filters.weight.shape[-2:] == (KERNEL, KERNEL)
+        and len(filters.weight) >= native.CHANNELS
+        and all(x.shape[1] >= native.CHANNELS for x in tensors)
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and not torch.is_autocast_enabled("cpu")
         and native.library() is not None
     )

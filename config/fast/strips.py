@@ -38,35 +38,38 @@ class Strips:
     """The stages of `network` (a DSEN, see `fit`) on one image O (3, H, W) in [0, 1]."""
 
     def __init__(self, network: nn.Module, O: Tensor, memory: MemoryBudget):
-        self.network, self.O, self.memory = network, O, memory
+        self.network, self.memory = network, memory
         self.slope = network.pre_layer.relu.negative_slope
         _, self.height, self.width = O.shape
-        self.rows = TILE * tiles(self.height)  # of the image, in whole tiles
+        self.image_rows = TILE * tiles(self.height)
         self.columns = tiles(self.width)
-        self.step = min(self.rows, TILE * max(1, round(STRIP_TILES / self.columns)))
+        self.rows = min(self.image_rows, TILE * max(1, round(STRIP_TILES / self.columns)))
         self.layers, self.connections = _layers(network), _connections(network)
         filters, self.first_bias = network.pre_layer.conv0.make_filters()
         self.first_filters = filters.contiguous(memory_format=torch.channels_last)
         channels, depth = filters.shape[0], len(network.re_layer)
         # x_0, x_1, ..: bands of the strip's rows, and of the rows before it that the next layer still needs
         self.overlap = LAG + HALO
-        self.x = torch.zeros(depth + 1, self.overlap + self.step, TILE, self.columns + 2, channels)
-        memory.reserve(4 * 4 * O.numel())  # image, rain layer, and the caller's own copies
+        self.x = torch.zeros(depth + 1, self.overlap + self.rows, TILE, self.columns + 2, channels)
         self.image = O.new_zeros(self.height + 2 * HALO, self.width, 3)  # (H + 4, W, 3), zeros above and below
-        self.image[HALO:-HALO] = O.permute(1, 2, 0)
+        self.set_image(O)
         self.features = memory.zeros(self.height, self.width, network.dec[-1].in_channels)  # output of dec[0]
         self.states = None
         if network.link != "none":
-            self.states = memory.zeros(depth, self.rows + 2 * HALO, TILE, self.columns + 2, channels)
+            self.states = memory.zeros(depth, self.image_rows + 2 * HALO, TILE, self.columns + 2, channels)
             for state, connection in zip(self.states, network.connect_layers, strict=True):
                 # The states before stage 1 are zeros; their connection is LeakyReLU(bias) everywhere in the image.
                 state[HALO:-HALO, :, 1:-1] = F.leaky_relu(connection.conv0.make_filters()[1], self.slope)
-                self._clear_outside(state[HALO:-HALO], self.rows)
+                self._clear_outside(state[HALO:-HALO], self.image_rows)
+
+    def set_image(self, image: Tensor) -> None:
+        """The input (3, H, W) of the next stage."""
+        self.image[HALO:-HALO] = image.permute(1, 2, 0)
 
     def stage(self, first: bool, last: bool) -> Iterator[float]:
         """One stage, which updates features and states; yields the share of its work done, after every strip."""
         self.x.zero_()
-        strips = range(0, self.rows + LAG * len(self.layers), self.step)  # to the end of the last layer
+        strips = range(0, self.image_rows + LAG * len(self.layers), self.rows)  # to the end of the last layer
         for top in strips:
             self._first_layer(top)
             for index in range(len(self.layers)):
@@ -74,20 +77,10 @@ class Strips:
             self.memory.release()
             yield 1 / len(strips)
 
-    def rain_layer(self) -> Tensor:
-        """R (3, H, W) of the finished stage; the image becomes O - R, the next stage's input."""
-        features = self.features.permute(2, 0, 1)[None]  # (1, C, H, W), channels-last
-        means = features.mean((-2, -1))
-        R = torch.empty_like(self.O)
-        for top in range(0, self.height, self.step):
-            R[:, top : top + self.step] = self.network.rain_layer(features[:, :, top : top + self.step], means)[0]
-        torch.sub(self.O.permute(1, 2, 0), R.permute(1, 2, 0), out=self.image[HALO:-HALO])
-        return R
-
     def _first_layer(self, top: int) -> None:
         """x_0 in the strip's rows from `top` on."""
         band = self._next_rows(0)
-        end = min(top + self.step, self.height)
+        end = min(top + self.rows, self.height)
         if top < end:
             rows = self.image[top : end + 2 * HALO].permute(2, 0, 1)[None]
             x = F.conv2d(rows, self.first_filters, self.first_bias, padding=(0, HALO))
@@ -100,7 +93,7 @@ class Strips:
         """
         to_features = index == len(self.layers) - 1
         band = None if to_features else self._next_rows(index + 1)
-        start, end = max(top, 0), min(top + self.step, self.rows)
+        start, end = max(top, 0), min(top + self.rows, self.image_rows)
         if start >= end:
             return
         inputs = [self.x[index][start - top : end - top + 2 * HALO]]

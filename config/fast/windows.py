@@ -15,19 +15,31 @@ from torch import Tensor, nn
 
 from base.console import log
 from base.devices import empty_cache, is_out_of_memory
-from fast.convolution import shared_filters
+from fast.convolution import filters_of, shared_filters
 from fast.memory import MemoryBudget
 
 CPU_PIXELS = 2**18  # of a window on the CPU, where full memory ends the process and so cannot be tried out
 MIN_ROWS = 8
 
 
-def at_once(network: nn.Module, O: Tensor, stage_num: int) -> list[Tensor] | None:
-    """The rain layers (3, H, W) of the whole image `O` (3, H, W); None if it is too large for the device."""
+def first_rows(network: nn.Module, O: Tensor, memory: MemoryBudget) -> int:
+    """The rows of the first window that is tried; at least the height of `O` (3, H, W) for the whole image."""
     _, height, width = O.shape
-    if _first_rows(O) < height:
-        return None
-    found = _unless_out_of_memory(lambda: network.at_once(O[None], stage_num), O.device, height <= MIN_ROWS)
+    if O.device.type != "cpu":
+        return height
+    if network.features_halo is not None:
+        return max(MIN_ROWS, CPU_PIXELS // width)
+    if network.halo is None:
+        return height
+    rows = max(CPU_PIXELS // width, 2 * network.halo)  # so that at most half of the rows are computed twice
+    return max(MIN_ROWS, min(rows, int(memory.left / (network.pixel_bytes * width)) - 2 * network.halo))
+
+
+def at_once(network: nn.Module, O: Tensor, stage_num: int) -> list[Tensor] | None:
+    """The rain layers (3, H, W) of the whole image `O` (3, H, W); None if it does not fit into the device's memory."""
+    _, height, width = O.shape
+    last_try = height <= MIN_ROWS or network.features_halo is network.halo is None
+    found = _unless_out_of_memory(lambda: network.at_once(O[None], stage_num), O.device, last_try)
     if found is None:
         log.info(f"{width}x{height} pixels do not fit into the memory of {O.device} at once: in windows of rows")
         return None
@@ -35,36 +47,23 @@ def at_once(network: nn.Module, O: Tensor, stage_num: int) -> list[Tensor] | Non
 
 
 def through_all_stages(
-    network: nn.Module, O: Tensor, stage_num: int, memory: MemoryBudget, tick: Callable[[float], object]
+    network: nn.Module, O: Tensor, stage_num: int, rows: int, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
-    """The rain layers (3, H, W) of `O` (3, H, W) from windows that each go through all stages of any network."""
-    _, height, width = O.shape
-    halo = network.halo
-    memory.reserve(4 * O.numel() * (stage_num + 3))  # rain layers, image, and the caller's own copies
-    rows = height
-    if halo is not None and O.device.type == "cpu":
-        rows = max(CPU_PIXELS // width, 2 * halo)  # so that at most half of the rows are computed twice
-        rows = max(MIN_ROWS, min(rows, int(memory.left / (network.pixel_bytes * width)) - 2 * halo))
+    """The rain layers (3, H, W) of `O` (3, H, W) from windows of `rows` rows that go through all stages."""
+    height, halo, stride = O.shape[1], network.halo, network.stride
     rain_layers = torch.empty(stage_num, *O.shape, dtype=O.dtype, device=O.device)
     top = 0
     while top < height:
-        low, high, forward = 0, height, network.at_once
-        if rows < height:
-            forward = network.forward
-            rows = max(network.stride, rows // network.stride * network.stride)
-            low, high = max(0, top - halo) // network.stride * network.stride, min(height, top + rows + halo)
-        found = _unless_out_of_memory(
-            lambda: forward(O[None, :, low:high], stage_num),  # noqa: B023
-            O.device,
-            rows <= MIN_ROWS or halo is None,
-        )
+        rows = max(stride, rows // stride * stride)
+        low, high, end = max(0, top - halo) // stride * stride, min(height, top + rows + halo), min(top + rows, height)
+        window = O[None, :, low:high]
+        found = _unless_out_of_memory(lambda: network(window, stage_num), O.device, rows <= MIN_ROWS)  # noqa: B023
         if found is None:
-            rows = max(MIN_ROWS, min(rows, height) // 2)
-            log.info(f"{width}x{height} pixels do not fit into the memory of {O.device}: in windows of {rows} rows")
+            rows = max(MIN_ROWS, rows // 2)
+            log.debug(f"in windows of {rows} rows")
             continue
-        end = min(top + rows, height)
-        for R, window in zip(rain_layers, found, strict=True):
-            R[:, top:end] = window[0, :, top - low : end - low]
+        for R, part in zip(rain_layers, found, strict=True):
+            R[:, top:end] = part[0, :, top - low : end - low]
         tick((end - top) / height)
         top = end
     yield from rain_layers
@@ -73,16 +72,18 @@ def through_all_stages(
 class Windows:
     """The stages of `network` (a DSEN in eval mode) on one image O (3, H, W), a window of rows after another."""
 
-    def __init__(self, network: nn.Module, O: Tensor, memory: MemoryBudget):
+    def __init__(self, network: nn.Module, O: Tensor, rows: int, memory: MemoryBudget):
         self.network, self.memory = network, memory
-        memory.reserve(4 * 4 * O.numel())  # image, rain layer, and the caller's own copies
         self.O, self.image = O, O.cpu()
-        height = O.shape[1]
-        self.rows = _first_rows(O) if _first_rows(O) < height else height // 2  # of a window; halved if it is too large
+        self.rows = rows  # of a window; halved if it is too large
         self.features: Tensor | None = None  # (H, W, C), on the CPU as all that is kept
         self.states: list[Tensor] = []  # of each layer, (H, W, planes)
-        self.filters: dict = {}  # of all windows and stages
+        self.filters = filters_of(network)  # of all windows and stages
         self.state_shape: tuple[int, ...] = ()  # of a pixel's planes: (C, 4), or (C,) in ordinary networks
+
+    def set_image(self, image: Tensor) -> None:
+        """The input (3, H, W) of the next stage."""
+        self.image = image.cpu()
 
     def stage(self, first: bool, last: bool) -> Iterator[float]:
         """One stage, which updates features and states; yields the share of its work done, after every window."""
@@ -115,17 +116,6 @@ class Windows:
             yield (end - top) / height
             top = end
 
-    def rain_layer(self) -> Tensor:
-        """R (3, H, W) of the finished stage; the image becomes O - R, the next stage's input."""
-        features = self.features.permute(2, 0, 1)[None]  # (1, C, H, W)
-        means = features.mean((-2, -1)).to(self.O.device)
-        R = torch.empty_like(self.O)
-        for top in range(0, self.O.shape[1], self.rows):
-            part = features[:, :, top : top + self.rows].to(self.O.device, copy=True)
-            R[:, top : top + self.rows] = self.network.rain_layer(part, means)[0]
-        self.image = (self.O - R).cpu()
-        return R
-
     def _window(self, top: int, end: int, above: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """Rows `top` to `end` of the features and of the new states, each (rows, W, planes) on the CPU."""
         halo = self.network.features_halo
@@ -148,12 +138,6 @@ class Windows:
     def _whole(self, part: Tensor) -> Tensor:
         """Zeros (H, W, planes) for what `part` (rows, W, planes) is a part of."""
         return self.memory.zeros(self.O.shape[1], *part.shape[1:], dtype=part.dtype)
-
-
-def _first_rows(O: Tensor) -> int:
-    """The rows of the first window that is tried."""
-    _, height, width = O.shape
-    return max(MIN_ROWS, CPU_PIXELS // width) if O.device.type == "cpu" else height
 
 
 def _unless_out_of_memory(compute: Callable, device: torch.device, last_try: bool):

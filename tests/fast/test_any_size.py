@@ -50,14 +50,15 @@ def ways(monkeypatch):
         ("few channels", "at_once"),
         ("no library", "at_once"),
         ("no library, large", "Windows"),
-        ("another network", "through_all_stages"),
+        ("another network", "at_once"),
+        ("another network, large", "through_all_stages"),
     ],
 )
 def test_the_way_of_an_image(case, way, ways, monkeypatch):
     network = make(channel=4 if case == "few channels" else 10)
-    O = torch.rand(3, 20, 24)
-    if case == "another network":
-        network = make("php")
+    O = torch.rand(3, 40, 24)
+    if case.startswith("another network"):
+        network = make("coarse2fine_s2", depth=2)
     if case == "double":
         network, O = network.double(), O.double()
     if case.startswith("no library"):
@@ -113,4 +114,3 @@ def test_ticks_add_up_to_the_whole_work(library, monkeypatch):
     shares = []
     list(rain_layers(make(), torch.rand(3, 100, 30), tick=shares.append))
     assert sum(shares) == pytest.approx(1)
-    assert len(shares) >= 2

@@ -14,7 +14,7 @@ import model
 from base.devices import autocast
 from fast import convolution
 from fast.any_size import rain_layers
-from fast.convolution import Filters, SharedConv2d, conv2d, shared_filters
+from fast.convolution import Filters, SharedConv2d, conv2d, filters_of, shared_filters
 from groupy import P4ConvP4, P4ConvZ2
 from settings import resolve
 
@@ -126,6 +126,7 @@ def test_functional_call_takes_the_weights_that_it_is_given():
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.5", reason="main.py does not compile with PyTorch 2.4")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_nothing_outlives_a_compiled_pass(precision):
     network = small().train()
@@ -136,8 +137,7 @@ def test_nothing_outlives_a_compiled_pass(precision):
     torch._dynamo.reset()
     layers = [module for module in network.modules() if isinstance(module, convolution.FilterLayer)]
     assert len(layers) == 6
-    assert {layer.prepared for layer in layers} == {None}
-    assert convolution._shared.filters is None
+    assert {layer.shared for layer in layers} == {None}
 
 
 # ---------------------------------------------------------------- second-order gradients
@@ -229,15 +229,15 @@ def test_a_layer_with_constant_channels_within_a_pass(layer, precision):
     x = torch.rand(2, 8, 4, 9, 11) if isinstance(layer, P4ConvP4) else torch.rand(2, 8, 9, 11)
     constant = torch.rand(8)
     full = constant.view(1, 8, *[1] * (x.dim() - 2)).expand_as(x)
-    with shared_filters(), autocast(precision, CPU):
+    with autocast(precision, CPU), shared_filters(filters_of(layer)):
         found, wanted = layer(x, constant=constant), layer(x, full)
     assert (found - wanted).abs().max() < (2e-5 if precision == "float32" else 2e-2)
 
 
 def test_constants_that_do_not_fit():
-    with pytest.raises(ValueError, match="stride 1"):
+    with pytest.raises(ValueError, match="5x5"):
         P4ConvP4(4, 2, 3)(torch.zeros(1, 2, 4, 8, 8), constant=torch.zeros(2))
-    with pytest.raises(ValueError, match="expects"):
+    with pytest.raises(ValueError, match="P4ConvP4"):
         P4ConvP4(4, 2, 5, padding=2)(torch.zeros(1, 2, 4, 8, 8), constant=torch.zeros(1))
 
 
@@ -245,8 +245,8 @@ def test_constants_that_do_not_fit():
 
 
 def in_16_bits(inputs, filters, bias, dtype):
-    with shared_filters(), torch.autocast("cpu", dtype):
-        return conv2d(inputs, Filters(filters, bias), padding=2)
+    with torch.autocast("cpu", dtype):
+        return conv2d(inputs, Filters(filters, bias, shared=True), padding=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -292,8 +292,8 @@ def test_padding_leaves_outputs_and_gradients_as_they_are(channels):
 def test_gradients_of_several_passes_add_up_in_float32():
     torch.manual_seed(0)
     x, filters = torch.randn(1, 8, 6, 6), torch.randn(8, 8, 5, 5, requires_grad=True)
-    with shared_filters(), torch.autocast("cpu", torch.bfloat16):
-        shared = Filters(filters, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        shared = Filters(filters, None, shared=True)
         (once,) = torch.autograd.grad(conv2d([x], shared, padding=2).sum(), filters)
         (often,) = torch.autograd.grad(sum(conv2d([x], shared, padding=2).sum() for _ in range(300)), filters)
     assert (often / 300 - once).abs().max() < 1e-5 * once.abs().max()  # bfloat16 stands still at 256
@@ -351,5 +351,5 @@ def test_every_convolution_of_an_image_is_channels_last(precision):
 
 
 def test_the_first_layer_of_a_group_network_takes_a_plain_image():
-    with pytest.raises(ValueError, match="expects"):
+    with pytest.raises(ValueError, match="P4ConvZ2"):
         P4ConvZ2(3, 2, 5, padding=2)(torch.zeros(1, 4, 8, 8))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import model
 from fast import native, winograd
-from fast.convolution import Filters, conv2d, shared_filters
+from fast.convolution import Filters, conv2d
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 
@@ -33,8 +33,7 @@ def make(images, channels, outputs, height, width, dtype=torch.float32):
 
 
 def convolve(inputs, filters, bias):
-    with shared_filters():
-        return conv2d(inputs, Filters(filters, bias), padding=2)
+    return conv2d(inputs, Filters(filters, bias, shared=True), padding=2)
 
 
 def direct(inputs, filters, bias):
@@ -82,9 +81,8 @@ def test_mean_error_is_at_most_ten_times_the_direct_convolutions():
 
 def test_two_passes_through_shared_filters_add_their_gradients():
     x, filters, bias = make(1, (8,), 8, 9, 10)
-    with shared_filters():
-        shared = Filters(filters, bias)
-        y = conv2d([conv2d([x], shared, padding=2)], shared, padding=2)
+    shared = Filters(filters, bias, shared=True)
+    y = conv2d([conv2d([x], shared, padding=2)], shared, padding=2)
     found = torch.autograd.grad(y.square().sum(), (x, filters, bias))
     y = direct([direct([x], filters, bias)], filters, bias)
     for one, other in zip(found, torch.autograd.grad(y.square().sum(), (x, filters, bias)), strict=True):
@@ -97,8 +95,7 @@ CASES = ["alone", "few inputs", "few outputs", "double", "3x3", "autocast", "str
 @pytest.mark.parametrize("case", CASES)
 def test_elsewhere_the_direct_way_is_taken(case, monkeypatch):
     x, filters, stride = torch.ones(1, 8, 8, 8), torch.ones(8, 8, 5, 5, requires_grad=True), 1
-    with shared_filters():
-        assert type(conv2d([x], Filters(filters, None), padding=2).grad_fn).__name__ == "ConvolutionBackward"
+    assert type(convolve([x], filters, None).grad_fn).__name__ == "ConvolutionBackward"
     if case == "few inputs":
         x, filters = x[:, :7], filters[:, :7]
     if case == "few outputs":
@@ -112,11 +109,7 @@ def test_elsewhere_the_direct_way_is_taken(case, monkeypatch):
     if case == "no library":
         monkeypatch.setattr(native, "library", lambda: None)
     with torch.autocast("cpu", enabled=case == "autocast"):
-        if case == "alone":
-            y = conv2d([x], Filters(filters, None), padding=2)
-        else:
-            with shared_filters():
-                y = conv2d([x], Filters(filters, None), stride, 2)
+        y = conv2d([x], Filters(filters, None, shared=case != "alone"), stride, 2)
     assert type(y.grad_fn).__name__ == ("HalfConvolutionBackward" if case == "autocast" else "ConvolutionBackward0")
 
 

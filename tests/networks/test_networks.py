@@ -10,7 +10,7 @@ import losses
 import main
 import model
 from base import devices
-from base.errors import UserError
+from base.errors import BadArgument, UserError
 from conftest import make_pair
 from dataset import to_tensor
 from fast import windows
@@ -317,27 +317,20 @@ def test_multiply_accumulates_are_those_counted_by_hand(name, macs):
 def test_settings_of_another_network_are_refused(preset, value):
     settings = resolve(preset, value)
     (name,) = value
-    with pytest.raises(UserError, match=rf"{name} is no setting of the network {settings.network}, which has "):
+    with pytest.raises(BadArgument, match=name):
         model.build(settings)
 
 
-@pytest.mark.parametrize(
-    ("preset", "values", "message"),
-    [
-        ("dsen", {"loss": "php"}, "loss php is that of the network php, not of dsen"),
-        ("coarse2fine", {"loss": "php"}, "loss php is that of the network php, not of coarse2fine"),
-        ("sdsen", {"loss": "coarse2fine"}, "loss coarse2fine is that of the network coarse2fine, not of dsen"),
-    ],
-)
-def test_losses_and_growth_that_do_not_fit_are_refused(preset, values, message):
-    with pytest.raises(UserError, match=message):
-        resolve(preset, values)
+@pytest.mark.parametrize(("preset", "loss"), [("dsen", "php"), ("coarse2fine", "php"), ("sdsen", "coarse2fine")])
+def test_losses_of_another_network_are_refused(preset, loss):
+    with pytest.raises(UserError, match=f"loss.* {loss}"):
+        resolve(preset, {"loss": loss})
 
 
-def test_a_refused_command_is_told_before_anything_is_written(tmp_path, data_dir):
+def test_a_refused_command_writes_nothing(tmp_path, data_dir):
     before = sorted(tmp_path.rglob("*"))
     places = [f"--{name}={tmp_path / name}" for name in ("model_dir", "log_dir")]
-    with pytest.raises(UserError, match="use_se is no setting of the network php"):
+    with pytest.raises(BadArgument, match="use_se"):
         main.main(["-a", "train", "-p", "php", "--use_se", "false", f"--data_dir={data_dir}", *places])
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -345,6 +338,7 @@ def test_a_refused_command_is_told_before_anything_is_written(tmp_path, data_dir
 # ---------------------------------------------------------------- learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "values"),
     [
