@@ -21,7 +21,7 @@ from base.console import log
 SOURCE = Path(__file__).with_name("winograd.cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fPIC")
 CHANNELS = 8  # the fewest of an image, so that they fill a vector; the matrices have a multiple of it
-WINDOW = -2  # row and column of a tile's pixel at which its window begins
+WINDOW = -2  # row and column of a tile's pixel at which its window starts
 
 
 class _Images(ctypes.Structure):
@@ -86,7 +86,7 @@ def convolve(
 
     `matrices` (64, I, O) as by `winograd.transform_filters`, `bias` (O); I and O are the channels of all inputs and all
     outputs, at least CHANNELS of each. Both sides may be bands (N, H, 4, tiles, C). The window of the outputs' first
-    tile begins at the inputs' pixel (top, left). All are float32 on the CPU.
+    tile starts at the inputs' pixel (top, left). All are float32 on the CPU.
     """
     if missing := -matrices.shape[2] % CHANNELS:
         matrices, bias = (x if x is None else F.pad(x, (0, missing)) for x in (matrices, bias))
@@ -120,7 +120,7 @@ def matrices_gradient(inputs: Sequence[Tensor], gradient: Tensor) -> Tensor:
 def _described(images: Sequence[Tensor], top: int = 0, left: int = 0) -> tuple[ctypes.Array, ctypes.c_int64]:
     """Images (N, H, W, C) or bands (N, H, 4, tiles, C) as the library reads them, and their number.
 
-    The first tile, or its window, begins at the pixel (top, left).
+    The first tile, or its window, starts at the pixel (top, left).
     """
     described = []
     for x in images:

@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(device, recorder):
 def test_what_reads_from_the_gpu_is_not_recorded(device, recorder):
     assert graphs.record(lambda x: x * x.sum().item(), [torch.ones(2, device=device)]) is None
     if recorder:
-        assert not recorder.made[0].begun  # a recording that fails would leave PyTorch's allocator in it
+        assert not recorder.made[0].started  # a recording that fails would leave PyTorch's allocator in it
     doubled = graphs.record(lambda x: x * 2, [torch.ones(2, device=device)])  # and the next one is
     assert doubled(torch.full((2,), 3.0, device=device)).tolist() == [6.0, 6.0]
 

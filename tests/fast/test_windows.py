@@ -43,7 +43,7 @@ def in_windows(network, O, memory_gib=0.0, tick=lambda share: None):
 
 
 def set_rows(monkeypatch, width, rows, least=1):
-    """Lets windows of an image `width` pixels wide begin with `rows` rows, and not fall below `least`."""
+    """Lets windows of an image `width` pixels wide start with `rows` rows, and not fall below `least`."""
     monkeypatch.setattr(windows, "CPU_PIXELS", rows * width)
     monkeypatch.setattr(windows, "MIN_ROWS", least)
 
