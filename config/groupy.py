@@ -9,33 +9,31 @@ plane of the filter and permutes the filter's own orientation axis.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.convolution import FilterLayer, conv2d
-from fast.winograd import HALO, KERNEL
 
 
 def _turn(weight: Tensor, r: int) -> Tensor:
-    """Filters (O, I, S, k, k) turned by r quarter turns counter-clockwise; S = 1, 4 or 8 orientations move alike."""
+    """Filters (O, I, S, k, k), S = 1, 4 or 8, turned by r quarter turns counter-clockwise, orientations included."""
     if weight.shape[2] > 1:
         weight = torch.cat([weight[:, :, :4].roll(r, 2), weight[:, :, 4:].roll(-r, 2)], 2)  # mirrored ones turn back
     return torch.rot90(weight, r, (-2, -1))
 
 
 def _mirror(weight: Tensor) -> Tensor:
-    """Filters (O, I, S, k, k) mirrored top to bottom; with S = 8, plain and mirrored orientations change places."""
+    """Filters (O, I, S, k, k) mirrored top to bottom; with S = 8, plain and mirrored orientations swap."""
     return weight.flip(-2).roll(4, 2) if weight.shape[2] == 8 else weight.flip(-2)
 
 
 class GroupConv2d(FilterLayer, nn.Module):
-    """Convolution from the plane or a group to a group; the four layers below fix the orientations of both sides.
+    """Convolution from the plane or a group to a group; the four layers below set the orientations of both sides.
 
     Arguments as `nn.Conv2d`; `in_channels` and `out_channels` count regular channels, each of which has S orientations.
-    Input (N, in_channels, in_orientations, H, W), without the orientation axis where it has length 1.
+    Input (N, in_channels, in_orientations, H, W), without the orientation axis if its length is 1.
     Output (N, out_channels, out_orientations, H', W').
     State dict as GrouPy's: `weight (O, I, in_orientations, k, k)`, `bias (O)`, one bias for all orientations.
-    Raises ValueError where the arguments or the input's rank, shape or device do not fit.
+    Raises ValueError if the arguments or the input's rank, shape or device do not fit.
     """
 
     in_orientations: int
@@ -76,10 +74,10 @@ class GroupConv2d(FilterLayer, nn.Module):
         return filters, None if self.bias is None else self.bias.repeat_interleave(self.out_orientations)
 
     def forward(self, *inputs: Tensor, constant: Tensor | None = None) -> Tensor:
-        """Of one feature map, or of several whose channels are taken side by side, as if concatenated.
+        """Of one feature map, or of several side by side in the channels, as if concatenated.
 
-        `constant` (C) are the values of the last C of `in_channels`, where these are the same in the whole image and in
-        all orientations; only for 5x5 filters with `padding` 2.
+        `constant` (C) are the values of the last C of `in_channels`, if these are the same in the whole image and in
+        all orientations; only for 5x5 filters with stride 1 and padding 2.
         """
         planes = [self._planes(x) for x in inputs]
         known = self.in_channels * self.in_orientations
@@ -88,17 +86,11 @@ class GroupConv2d(FilterLayer, nn.Module):
             known -= len(constant)
         if sum(x.shape[1] for x in planes) != known:
             raise ValueError(f"{self._expects()}, got {', '.join(str(tuple(x.shape)) for x in inputs)}")
-        if self.kernel_size == KERNEL and self.stride in (1, (1, 1)) and self.padding in (HALO, (HALO, HALO)):
-            y = conv2d(planes, self.filters(), constant)
-        elif constant is None:
-            filters = self.filters()
-            y = F.conv2d(torch.cat(planes, 1), filters.filters, filters.bias, self.stride, self.padding)
-        else:
-            raise ValueError("a constant is for 5x5 filters with stride 1 and padding 2")
+        y = conv2d(planes, self.filters(), self.stride, self.padding, constant)
         return y.unflatten(1, (self.out_channels, self.out_orientations))  # (N, O * S', H', W') -> (N, O, S', H', W')
 
     def _planes(self, x: Tensor) -> Tensor:
-        """(N, I, S, H, W) -> (N, I * S, H, W), checked but for I."""
+        """(N, I, S, H, W) -> (N, I * S, H, W); checks all but I."""
         if x.device != self.weight.device:
             raise ValueError(
                 f"{type(self).__name__} has its weights on {self.weight.device}, but the input is on {x.device}"

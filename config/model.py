@@ -6,35 +6,27 @@ layer of O: stage t + 1 gets O - R_t, and all stages share their weights (sectio
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.devices import autocast_dtype, without_autocast
-from base.errors import UserError
-from fast import strips, windows
-from fast.convolution import Conv5x5, FilterLayer, compiled_filters, shared_filters
-from fast.winograd import HALO, KERNEL
-from groupy import GroupConv2d, P4ConvP4, P4ConvZ2
+from base.errors import BadArgument
+from fast.convolution import SharedConv2d, filters_of, shared_filters
+from groupy import P4ConvP4, P4ConvZ2
 from networks.base import Network
 from networks.coarse2fine import Coarse2Fine
 from networks.php import PHP
 from settings import FIELDS, NETWORK_FIELDS, Settings, resolve
 
 SLOPE = 0.2  # of every LeakyReLU, section 3.1
+KERNEL, PADDING = 5, 2  # of every convolution but the last, which is 1x1
 
 
-def _first_convolution(group: str, out_channels: int) -> nn.Module:
-    return P4ConvZ2(3, out_channels, KERNEL, padding=HALO) if group == "p4" else Conv5x5(3, out_channels)
-
-
-def _convolution(group: str, in_channels: int, out_channels: int) -> nn.Module:
-    if group == "p4":
-        return P4ConvP4(in_channels, out_channels, KERNEL, padding=HALO)
-    return Conv5x5(in_channels, out_channels)
+def _convolution(layer: type[nn.Module], in_channels: int, out_channels: int) -> nn.Module:
+    return layer(in_channels, out_channels, KERNEL, padding=PADDING)
 
 
 def _with_activation(convolution: nn.Module) -> nn.Sequential:
@@ -42,7 +34,7 @@ def _with_activation(convolution: nn.Module) -> nn.Sequential:
 
 
 def _everywhere(constant: Tensor, x: Tensor) -> Tensor:
-    """The values (C) of channels that are the same everywhere, to be added to `x` (N, C, 4, H, W) or (N, C, H, W)."""
+    """The values (C) of channels that are constant, in a shape to add to `x` (N, C, 4, H, W) or (N, C, H, W)."""
     return constant.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -53,16 +45,13 @@ class SEBlock(nn.Module):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
 
-    def attention(self, means: Tensor) -> Tensor:
-        """The weights (N, C, 1, 1) of the channels, from their means (N, C) over the whole image."""
-        return self.fc(means)[..., None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.attention(x.mean((-2, -1)))
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """`means` (N, C) are the channels' over the whole image, if `x` is a part of it."""
+        return x * self.fc(x.mean((-2, -1)) if means is None else means)[..., None, None]
 
 
 class Aggregation(nn.Module):
-    """Gathers the orientations of each regular channel, (N, C, 4, H, W) -> (N, C, H, W), by their `max` or `mean`."""
+    """Orientation pooling: the `max` or `mean` of each regular channel, (N, C, 4, H, W) -> (N, C, H, W)."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -72,8 +61,8 @@ class Aggregation(nn.Module):
         return x.amax(2) if self.kind == "max" else x.mean(2)
 
 
-class AggregationConv2d(Conv5x5):
-    """Gathers the orientations by a 5x5 convolution over all of them: (N, C, 4, H, W) -> (N, C, H, W)."""
+class AggregationConv2d(SharedConv2d):
+    """A 5x5 convolution over all channels and orientations: (N, C, 4, H, W) -> (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1, -3))  # (N, C, 4, H, W) -> (N, C * 4, H, W); (N, C, H, W) stays
@@ -89,7 +78,7 @@ class DSEN(Network):
         group: "p4", or "z2" for ordinary convolutions.
         aggregation: "conv" (5x5 over all orientations), "max" or "mean" (orientation pooling).
         use_se: weigh the aggregated channels by a squeeze-and-excitation block.
-        link: how a layer's state of the stage before reaches the layer: "none", "concat" (self-refining) or "add".
+        link: how a layer gets its state of the previous stage: "none", "concat" (self-refining) or "add".
     """
 
     def __init__(
@@ -104,17 +93,17 @@ class DSEN(Network):
     ):
         super().__init__()
         layers = range(depth - 3)
-        orientations = 4 if group == "p4" else 1
+        first, inner, orientations = (P4ConvZ2, P4ConvP4, 4) if group == "p4" else (SharedConv2d, SharedConv2d, 1)
         self.stage_num, self.link = stage_num, link
-        self.features_halo = HALO * (depth - 1)  # pixels around one that a stage's aggregated features depend on
+        self.features_halo = PADDING * (depth - 1)
         self.compiled_stage = None
-        self.pre_layer = _with_activation(_first_convolution(group, channel))
+        self.pre_layer = _with_activation(_convolution(first, 3, channel))
         inputs = 2 * channel if link == "concat" else channel
-        self.re_layer = nn.ModuleList(_convolution(group, inputs, channel) for _ in layers)
+        self.re_layer = nn.ModuleList(_convolution(inner, inputs, channel) for _ in layers)
         if link != "none":
-            self.connect_layers = nn.ModuleList(_with_activation(_convolution(group, channel, channel)) for _ in layers)
+            self.connect_layers = nn.ModuleList(_with_activation(_convolution(inner, channel, channel)) for _ in layers)
         if aggregation == "conv":
-            aggregate = AggregationConv2d(orientations * channel, channel)
+            aggregate = _convolution(AggregationConv2d, orientations * channel, channel)
         else:
             aggregate = Aggregation(aggregation)
         self.dec = nn.Sequential(
@@ -129,9 +118,9 @@ class DSEN(Network):
         return self.stage_num
 
     def _layer(self, index: int, x: Tensor, state: Tensor | None) -> Tensor:
-        """Layer `index` and its residual: of its input `x` and, through its connection, of its state; shape of `x`.
+        """Layer `index` with its residual, from its input `x` and, through its connection, its state; shape of `x`.
 
-        The states before stage 1 are zeros, of which the connection leaves LeakyReLU(bias), everywhere.
+        The states before stage 1 are zeros, so their connection is LeakyReLU(bias) everywhere.
         """
         layer = self.re_layer[index]
         if self.link == "none":
@@ -145,14 +134,11 @@ class DSEN(Network):
 
     def stage(self, image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """One stage: image (N, 3, H, W) to its rain layer (N, 3, H, W) and the layers' states (N, C, 4, H, W)."""
-        gathered, states = self.features(image, states)
-        return self.rain_layer(gathered), states
+        features, states = self.features(image, states)
+        return self.rain_layer(features), states
 
     def features(self, image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """A stage up to its aggregation: image to the aggregated features (N, C, H, W) and the layers' states.
-
-        A pixel of these depends on the `self.features_halo` pixels to each side of it.
-        """
+        """A stage up to its aggregation: image to the aggregated features (N, C, H, W) and the layers' states."""
         with without_autocast(image):
             x = self.pre_layer(image)
         x = x.to(autocast_dtype(x) or x.dtype)
@@ -161,81 +147,71 @@ class DSEN(Network):
             x = F.leaky_relu_(self._layer(index, x, states[index]), SLOPE)
             new_states.append(x)
         aggregate, *_ = self.dec
-        # Orientation pooling gives up channels-last memory.
+        # Orientation pooling does not keep channels-last memory.
         return aggregate(x).to(image.dtype).contiguous(memory_format=torch.channels_last), new_states
 
-    def rain_layer(self, gathered: Tensor, means: Tensor | None = None) -> Tensor:
+    def rain_layer(self, features: Tensor, means: Tensor | None = None) -> Tensor:
         """The rest of a stage: aggregated features (N, C, H, W) to the rain layer (N, 3, H, W).
 
-        `means` (N, C) are the features' over the whole image, where `gathered` is a part of it.
+        `means` (N, C) are those of the whole image's features, if `features` are of a part of it.
         """
         _, se, activation, last = self.dec
-        with without_autocast(gathered):
+        with without_autocast(features):
             if isinstance(se, SEBlock):
-                gathered = gathered * se.attention(gathered.mean((-2, -1)) if means is None else means)
-            return last(activation(gathered))
+                features = se(features, means)
+            return last(activation(features))
 
     def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
         """Rain layers [R_1, ..., R_T], each (N, 3, H, W), of rainy images `O` (N, 3, H, W) in [0, 1], any H and W.
 
-        `stage_num` stops after fewer stages, or goes on for more, than the network was made with.
+        `stage_num` runs fewer stages, or more, than the network was built with.
         """
         if O.dim() != 4 or O.shape[1] != 3:
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
-        O = O.contiguous(memory_format=torch.channels_last)  # the order that the fast convolutions read
-        rain_layers, image, states = [], O, [None] * len(self.re_layer)
-        with self._prepared_stage() as stage:
-            for _ in range(stage_num or self.stage_num):
-                R, states = stage(image, states)
-                rain_layers.append(R)
-                image = O - R
+        stage, rain_layers, image, states = self._optimized_stage(), [], O, [None] * len(self.re_layer)
+        for _ in range(stage_num or self.stage_num):
+            R, states = stage(image, states)  # R (N, 3, H, W), each state (N, C, 4, H, W)
+            rain_layers.append(R)
+            image = O - R
         return rain_layers
 
-    @contextmanager
-    def _prepared_stage(self) -> Iterator[Callable]:
-        """`stage`, compiled or repeated where that is asked for, with filters that are made once for all stages."""
-        compiled = self.compiled_stage if self.training else None
-        layers = [module for module in self.modules() if isinstance(module, FilterLayer)]
-        with shared_filters() as again:
-            for layer in layers:
-                layer.filters().prepare()  # before the stages: what a stage does must not depend on which it is
+    def _optimized_stage(self) -> Callable:
+        """`stage` in channels-last memory, with filters made once for all stages, compiled or checkpointed if set."""
+        stage = self.compiled_stage if self.compiled_stage and self.training else self.stage
+        filters = filters_of(self)
 
-            def stage(image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-                with again(), compiled_filters(layers if compiled else ()):
-                    return (compiled or self.stage)(image, states)
+        def optimized(image: Tensor, states: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+            with shared_filters(filters):
+                return stage(image.contiguous(memory_format=torch.channels_last), states)
 
-            yield self.repeated(stage)
+        return self.checkpointed(optimized)
 
     def compile(self, *arguments, **keywords) -> None:
-        """As `nn.Module.compile`, but for training alone, and a stage at a time: all stages are the same code."""
+        """As `nn.Module.compile`, but only for training, and one stage at a time: all stages are the same code."""
         self.compiled_stage = torch.compile(self.stage, *arguments, **keywords)
 
     def macs_per_pixel(self) -> int:
         """As `Network.macs_per_pixel`; the connections of stage 1, which are constants, count too."""
-        layers = (m for m in self.modules() if isinstance(m, (GroupConv2d, nn.Conv2d)))
-        return self.stage_num * sum(m.weight.numel() * getattr(m, "out_orientations", 1) for m in layers)
-
-    def whole_image(self, O: Tensor) -> Callable[..., Iterator[Tensor]]:
-        """On the CPU strips, which are faster than `forward`; else, and in bf16, windows, a stage after another."""
-        plain = O.dtype == self.pre_layer.conv0.weight.dtype == torch.float32 and autocast_dtype(O) is None
-        return (strips if O.device.type == "cpu" and plain else windows).each_stage
+        return self.stage_num * sum(self.convolutions().values())
 
 
-CLASSES = {"dsen": DSEN, "coarse2fine": Coarse2Fine, "php": PHP}
+NETWORKS = {"dsen": DSEN, "coarse2fine": Coarse2Fine, "php": PHP}
 
 
 def build(settings: Settings | str) -> Network:
     """The network of a settings object, or of a preset by its name; its arguments are settings of the same names.
 
-    Raises UserError where a setting says something of another network, and would do nothing.
+    Raises BadArgument if a setting of another network is not at its default, as it would do nothing.
     """
     if isinstance(settings, str):
         settings = resolve(settings)
-    kind = CLASSES[settings.network]
+    kind = NETWORKS[settings.network]
     arguments = inspect.signature(kind).parameters
     for name in NETWORK_FIELDS[1:]:
         if name not in arguments and getattr(settings, name) != FIELDS[name].default:
-            raise UserError(f"{name} is no setting of the network {settings.network}, which has {', '.join(arguments)}")
+            raise BadArgument(
+                f"{name} is no setting of the network {settings.network}, which has {', '.join(arguments)}"
+            )
     return kind(**{name: getattr(settings, name) for name in arguments})
 
 

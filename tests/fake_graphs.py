@@ -21,7 +21,7 @@ class FakeGraph:
     def __init__(self):
         self.operations: list[tuple] = []
         self.replays = 0
-        self.begun = False
+        self.started = False
         FakeGraph.made.append(self)
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ def _record(graph: FakeGraph, pool=None, stream=None, capture_error_mode="global
     # With "global", another thread that pins memory meanwhile would break the recording.
     assert isinstance(stream, _Stream)
     assert capture_error_mode == "thread_local"
-    graph.begun = True
+    graph.started = True
     with _Recorder(graph):
         yield
 

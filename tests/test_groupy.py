@@ -1,6 +1,5 @@
-"""The group convolutions: GrouPy's outputs, equivariance, the kept filters, and what they refuse."""
+"""The group convolutions: GrouPy's outputs, equivariance, initial weights, and what they refuse."""
 
-import copy
 import math
 
 import numpy as np
@@ -85,54 +84,6 @@ def test_initial_distribution_leaves_the_orientations_out(cls):
     assert list(cls(6, 4, 5, bias=False).state_dict()) == ["weight"]
 
 
-def fresh_output(layer, x):
-    """The layer's output with filters made anew."""
-    copied = copy.deepcopy(layer).train()
-    with torch.no_grad():
-        return copied(x)
-
-
-CHANGES = {
-    "optimiser step": lambda layer: _optimiser_step(layer),
-    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
-    "in-place write": lambda layer: torch.nn.init.normal_(layer.weight),
-    "new parameter": lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight.detach() * 2)),
-    "bias alone": lambda layer: torch.nn.init.ones_(layer.bias),
-    "to float32": lambda layer: layer.to(torch.float32),
-    "half and back": lambda layer: layer.half().double(),
-}
-
-
-def _optimiser_step(layer):
-    layer.weight.grad = torch.ones_like(layer.weight)
-    torch.optim.SGD([layer.weight], lr=0.1).step()
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_kept_filters_never_go_stale(change):
-    layer = make(P4ConvP4, 2, 2, 3).eval()
-    x = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
-    with torch.no_grad():
-        before = layer(x)
-        CHANGES[change](layer)
-        x = x.to(layer.weight.dtype)
-        after = layer(x)
-    assert torch.equal(after, fresh_output(layer, x))
-    assert (after - before).abs().max() > (1e-5 if change == "half and back" else 0 if "to" in change else 1e-3)
-
-
-def test_deepcopy_has_filters_of_its_own():
-    layer = make(P4ConvP4, 2, 2, 3).eval()
-    x = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
-    with torch.no_grad():
-        before = layer(x)
-        copied = copy.deepcopy(layer)
-        torch.nn.init.zeros_(layer.weight)
-        assert torch.equal(copied(x), before)
-        torch.nn.init.zeros_(copied.weight)
-        assert copied(x).std(dim=(2, 3, 4)).max() == 0
-
-
 def test_gradients_after_an_evaluation():
     layer = make(P4ConvP4, 1, 1, 3)
     x = torch.randn(1, 1, 4, 5, 5, dtype=torch.float64)
@@ -146,7 +97,7 @@ def test_gradients_after_an_evaluation():
 @pytest.mark.parametrize(
     ("cls", "shape", "expected"),
     [
-        (P4ConvZ2, (1, 3, 8, 8), r"\(N, 2, H, W\), got \(1, 3, 8, 8\)"),
+        (P4ConvZ2, (1, 3, 8, 8), r"\(N, 2, H, W\).*\(1, 3, 8, 8\)"),
         (P4ConvZ2, (1, 2, 4, 8, 8), r"\(N, 2, H, W\)"),
         (P4ConvZ2, (2, 8, 8), r"\(N, 2, H, W\)"),
         (P4ConvP4, (1, 2, 8, 8), r"\(N, 2, 4, H, W\)"),
@@ -155,15 +106,15 @@ def test_gradients_after_an_evaluation():
     ],
 )
 def test_input_that_does_not_fit(cls, shape, expected):
-    with pytest.raises(ValueError, match=f"{cls.__name__} expects an input of shape {expected}"):
+    with pytest.raises(ValueError, match=f"{cls.__name__}.*{expected}"):
         cls(2, 2, 3)(torch.zeros(shape))
 
 
 def test_input_on_another_device():
-    with pytest.raises(ValueError, match="weights on cpu, but the input is on meta"):
+    with pytest.raises(ValueError, match=r"cpu.*meta"):
         P4ConvZ2(2, 2, 3)(torch.zeros(1, 2, 8, 8, device="meta"))
 
 
 def test_kernel_that_is_not_square():
-    with pytest.raises(ValueError, match=r"square; got \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"\(3, 5\)"):
         P4ConvZ2(2, 2, (3, 5))

@@ -1,8 +1,8 @@
-"""CUDA graphs: a function's kernels are recorded once and then replayed, which takes no time to launch them.
+"""CUDA graphs: a function's kernels are recorded once and then replayed, all launched at once.
 
-A small network on a fast GPU waits for Python, which launches some hundred kernels one by one; a graph launches all at
-once. It repeats the same kernels on the same memory, so it is for inputs of one shape, and for weights that stay in
-their place: an optimiser may change them, but they must not be replaced.
+A small network on a fast GPU otherwise waits for Python, which launches some hundred kernels one by one. A graph
+repeats the same kernels on the same memory, so it needs inputs of one shape and weights that stay at their addresses:
+an optimiser may change them, but they must not be replaced.
 """
 
 import warnings
@@ -19,17 +19,17 @@ from base.console import log
 from base.devices import autocast_dtype, empty_cache, is_out_of_memory
 
 WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled; see _no_waiting
-SEEN_BEFORE = 2  # images of a shape that go their usual way; from the next on a graph pays
-MOST_SHAPES = 8  # that graphs are kept for
-MOST_PIXELS = 2**20  # of an image; a larger one keeps the GPU busy anyhow, and its graph would keep much memory
+SEEN_BEFORE = 2  # images of a shape that are computed without a graph; from the next on a graph pays
+MAX_SHAPES = 8  # that graphs are kept for
+MAX_PIXELS = 2**20  # of an image; a larger one keeps the GPU busy anyway, and its graph would keep much memory
 
 
 class Replay:
     """`function` of CUDA tensors, recorded with inputs of the shapes of `examples`, and replayed by each call.
 
-    The outputs, tensors in lists or dicts, are overwritten by the next call. Gradients that `function` writes to
-    `parameters`, from None, are theirs after each call. Raises RuntimeError where `function` can't be recorded: it must
-    not wait for the GPU, nor read from it. Replays with the same `pool` use the same memory in between.
+    The outputs, tensors in lists or dicts, are overwritten by the next call. After each call, `parameters` have the
+    gradients that `function` computes. Raises RuntimeError if `function` cannot be recorded: it must not wait for the
+    GPU or read from it. Replays with the same `pool` share the memory of intermediate results.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Replay:
         parameters: Sequence[nn.Parameter] = (),
         pool: tuple | None = None,
     ):
-        with torch.inference_mode(False):  # else they could be replayed in inference mode alone
+        with torch.inference_mode(False):  # or they could only be replayed in inference mode
             self.inputs = [x.clone() for x in examples]
         self.parameters = parameters
         self.graph = torch.cuda.CUDAGraph()
@@ -55,14 +55,14 @@ class Replay:
                 function(*self.inputs)
             with _no_waiting():
                 function(*self.inputs)
-            # Other threads, which fetch the next crops, may go on meanwhile.
+            # Other threads, which load the next crops, may use CUDA meanwhile.
             with torch.cuda.graph(self.graph, pool, side, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
+        for recorded, given in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(given)
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
@@ -71,20 +71,20 @@ class Replay:
 
 @cache
 def _side_stream(device: torch.device) -> "torch.cuda.Stream":
-    """The stream of all recordings on a device: libraries keep memory for each stream, and pools go by it."""
+    """The stream of all recordings on a device: libraries and memory pools keep memory for each stream."""
     return torch.cuda.Stream()
 
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Within this, what waits for the GPU, and so can't be recorded, is a RuntimeError.
+    """Within this, an operation that waits for the GPU, and so cannot be recorded, is a RuntimeError.
 
-    It must not come to a recording that fails: up to 2.12, PyTorch takes that for still going on, and then never again
-    gives up cached memory where it is short of it, nor does `torch.cuda.empty_cache`.
+    No recording may fail: up to 2.12, PyTorch then believes that it still goes on, and never frees cached memory again,
+    neither when memory is short nor by `torch.cuda.empty_cache`.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it may overlook something
+        warnings.simplefilter("ignore")  # that the mode may miss some operations
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -94,7 +94,7 @@ def _no_waiting() -> Iterator[None]:
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Within this, 16-bit copies of weights are made where they are used: those in autocast's cache end with it."""
+    """Within this, 16-bit copies of weights are made at each use: those in autocast's cache end with it."""
     before = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -105,23 +105,23 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 class Replays:
-    """`function` of an image and the number of stages, through a graph for each shape that comes often enough.
+    """`function` of an image and the number of stages, with a graph for each shape that is frequent enough.
 
-    The outputs, lists of tensors, are copies, and the caller's.
+    The outputs are lists of tensors that the caller may keep.
     """
 
     def __init__(self, function: Callable[[Tensor, int], list[Tensor]]):
         self.function = function
         self.seen: Counter = Counter()
-        self.most, self.pool = MOST_SHAPES, None
-        self.graphs: dict[tuple, Replay | None] = {}  # None: of a shape that can't be recorded
+        self.max_shapes, self.pool = MAX_SHAPES, None
+        self.graphs: dict[tuple, Replay | None] = {}  # None: this shape cannot be recorded
 
     def __call__(self, image: Tensor, stage_num: int) -> list[Tensor]:
         key = (image.shape, stage_num, autocast_dtype(image))
         self.seen[key] += 1
-        small = image.shape[0] * image.shape[-2] * image.shape[-1] <= MOST_PIXELS
-        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < self.most:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: outputs are copied at once
+        small = image.shape[0] * image.shape[-2] * image.shape[-1] <= MAX_PIXELS
+        if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < self.max_shapes:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all, as outputs are copied
             self.graphs[key] = record(lambda x: self.function(x, stage_num), [image], pool=self.pool)
         replay = self.graphs.get(key)
         if replay is not None:
@@ -131,29 +131,26 @@ class Replays:
         except RuntimeError as error:
             if not self.graphs or not is_out_of_memory(error):
                 raise
-        self.most = 0  # a graph keeps its memory as long as it lives: from here on there are none
+        self.max_shapes = 0  # a graph keeps its memory as long as it lives: no more graphs from here on
         self.graphs.clear()
         empty_cache(image.device)
         return self.function(image, stage_num)
 
 
 def record(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Replay | None:
-    """A `Replay`; None, with a line, where `function` can't be recorded, and then it has to be called as it is."""
+    """A `Replay`, or None, with a line in the log, if `function` cannot be recorded."""
     try:
         return Replay(function, *arguments, **keywords)
     except RuntimeError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     torch.cuda.synchronize()
-    log.warning(f"kernels are launched one by one, as they can't be recorded as a CUDA graph: {reason}")
+    log.warning(f"no CUDA graph, kernels are launched one by one: {reason}")
     return None
 
 
 @contextmanager
 def replaying(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within this, on a CUDA GPU, images of one shape go through `network.at_once` by replaying.
-
-    Only within this, as the network's weights must stay in their place.
-    """
+    """Within this, on a CUDA GPU, `network.at_once` replays graphs; the weights must stay at their addresses."""
     if device.type != "cuda" or not network.cuda_graphs:
         yield
         return

@@ -1,4 +1,4 @@
-"""Memory for large images: what is free is measured, and what does not fit lies in a temporary file."""
+"""Memory for large images: tensors that do not fit into the free memory lie in temporary files."""
 
 import math
 import mmap
@@ -12,36 +12,37 @@ import torch
 from torch import Tensor
 
 from base.console import log
-from base.errors import UserError
+from base.errors import OutOfMemory
 
 GIB = 2**30
-SPARE = 0.15  # share of the free memory that is left to others, and to what is not counted here
+SPARE = 0.15  # share of the free memory that is left to other processes, and to what is not counted here
 
 
 def free_memory() -> float:
-    """Bytes that this process may still take: what the system has free, or what the process's control group leaves."""
+    """Bytes that this process may still allocate: what the system has free, or the process's control group."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of what the machine has
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 if hasattr(os, "sysconf") else 4 * GIB
-    return min(free, _left_in_control_group())
+    return min(free, _free_in_control_group())
 
 
-def _left_in_control_group() -> float:
-    """Bytes left to the process's control group (a container, a batch job), of version 2 or 1; infinite without one."""
+def _free_in_control_group() -> float:
+    """Bytes free in the process's control group (a container, a batch job), version 2 or 1; infinite without one."""
     for folder, limit, used in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            most = (Path(folder) / limit).read_text().strip()
-            taken = int((Path(folder) / used).read_text())
+            allowed = (Path(folder) / limit).read_text().strip()
+            current = int((Path(folder) / used).read_text())
             statistics = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        if most != "max":
-            return int(most) - taken + int(statistics.get("inactive_file", 0))  # file pages are given back on demand
+        if allowed != "max":
+            # Pages of files are freed on demand.
+            return int(allowed) - current + int(statistics.get("inactive_file", 0))
     return math.inf
 
 
@@ -53,10 +54,10 @@ def resident_memory() -> int:
         return 0
 
 
-class Room:
-    """Hands out large tensors of zeros: in memory as long as there is room, else in temporary files.
+class MemoryBudget:
+    """Allocates large tensors of zeros: in memory as long as the budget lasts, then in temporary files.
 
-    `limit_gib` bounds the whole process; 0: what is free now. Close it when the tensors are done with.
+    `limit_gib` bounds the whole process; 0: what is free now.
     """
 
     def __init__(self, limit_gib: float = 0.0):
@@ -65,19 +66,17 @@ class Room:
         self.mapped: list[mmap.mmap] = []
 
     def reserve(self, size: float) -> None:
-        """Takes note of `size` bytes that somebody else is going to take."""
+        """Subtract `size` bytes that the caller is going to allocate."""
         self.left -= size
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor of zeros. Raises UserError where neither the memory nor the disk has room for it."""
+        """A tensor of zeros. Raises OutOfMemory if it fits neither into the memory nor onto the disk."""
         size = dtype.itemsize * math.prod(shape)
         if size <= self.left:
             self.left -= size
             return torch.zeros(shape, dtype=dtype)
         folder = _temporary_folder()
-        log.debug(
-            f"{size / GIB:.2f} GiB lie in a file in {folder}: {max(self.left, 0) / GIB:.2f} GiB of memory are free"
-        )
+        log.debug(f"{size / GIB:.2f} GiB in a file in {folder}: {max(self.left, 0) / GIB:.2f} GiB of memory are free")
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 if hasattr(os, "posix_fallocate"):  # a file with holes would end the program when the disk is full
@@ -86,22 +85,22 @@ class Room:
                     file.truncate(size)
                 mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise UserError(
-                f"the image needs {size / GIB:.1f} GiB more than there is memory, and {folder} has "
-                f"{shutil.disk_usage(folder).free / GIB:.1f} GiB free ({error.strerror}): free some, name another "
-                "folder by TMPDIR, or make the image smaller"
+            raise OutOfMemory(
+                f"out of memory: the image needs {size / GIB:.1f} GiB more, and {folder} has only "
+                f"{shutil.disk_usage(folder).free / GIB:.1f} GiB free ({error.strerror}): set TMPDIR to another "
+                "folder, or make the image smaller"
             ) from None
         self.mapped.append(mapped)
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
     def release(self) -> None:
-        """Lets go of the pages of the files that lie in memory; their content stays in the files."""
+        """Let go of the pages of the files that lie in memory; their content stays in the files."""
         for mapped in self.mapped:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _temporary_folder() -> str:
-    """TMPDIR, or /var/tmp, which unlike /tmp never lies in memory itself, or what Python takes."""
+    """TMPDIR, or /var/tmp, which unlike /tmp is never in memory itself, or Python's choice."""
     if "TMPDIR" not in os.environ and sys.platform == "linux" and os.access("/var/tmp", os.W_OK):
         return "/var/tmp"
     return tempfile.gettempdir()

@@ -1,7 +1,5 @@
-// What winograd.py does, in one pass over the memory: a few tiles at a time go from their pixels to the values at the
-// points, through the products with the matrices, and back, while they stay in a core's own cache.
-//
-// native.py compiles this where there is a compiler. The formulas are those of winograd.py, which does without.
+// Winograd's convolution F(4x4, 5x5) (see winograd.py) in one pass over the memory: a few tiles at a time go from their
+// pixels to the values at the points, through the products with the matrices, and back, while they stay in a core's cache.
 
 #include <cstdint>
 #include <vector>
@@ -14,13 +12,6 @@ struct Images {
     float *data;
     Index image, row, place, tile, height, width, channels;
     Index top, left;  // pixel (y, x) at which the first tile, or its window, begins; may be negative
-};
-
-// The 64 values of each tile and channel: value k of tile i lies at data + k * point + i * tile.
-struct Values {
-    float *data;
-    Index point, tile;
-    Index images, rows, columns;  // tiles
 };
 
 namespace {
@@ -41,7 +32,8 @@ typedef Wide Narrow;
 
 constexpr int LANES = sizeof(Wide) / sizeof(float);
 
-// Eight pixels of a window to their values at the points: winograd._to_points.
+// Eight pixels of a window to their values at the points, in one dimension. A value at p and one at -p are the sum and
+// the difference of even and odd terms.
 template <class Vector> inline void to_points(const Vector *x, Vector *out, Index step) {
     out[0] = x[0] - x[6] + 5.25f * (x[4] - x[2]);
     out[7 * step] = x[7] - x[1] + 5.25f * (x[3] - x[5]);
@@ -56,7 +48,7 @@ template <class Vector> inline void to_points(const Vector *x, Vector *out, Inde
     both(5, 4, 1, -5, 0.5f);
 }
 
-// Eight values at the points to four outputs: winograd._from_points.
+// Eight values at the points to four outputs, in one dimension.
 template <class Vector> inline void from_points(const Vector *m, Vector *out, Index step) {
     const Vector s1 = m[1] + m[2], s2 = m[3] + m[4], s3 = m[5] + m[6];
     const Vector d1 = m[1] - m[2], d2 = m[3] - m[4], d3 = m[5] - m[6];
@@ -66,7 +58,7 @@ template <class Vector> inline void from_points(const Vector *m, Vector *out, In
     out[3 * step] = m[7] + d1 + 8 * d2 + 0.125f * d3;
 }
 
-// The transpose of from_points: winograd._from_points_transposed.
+// The transpose of from_points, by which its gradient flows.
 template <class Vector> inline void from_points_transposed(const Vector *y, Vector *out, Index step) {
     out[0] = y[0];
     out[7 * step] = y[3];
@@ -94,19 +86,10 @@ template <int SIDE> struct Pixels {
     bool inside(Index y, Index x) const { return y >= 0 && y < images.height && x >= 0 && x < images.width; }
 };
 
-// All tiles with `work(image, row, column, number)`, shared out to threads by their rows.
-template <class Work> void for_tiles(const Values &values, Index threads, const Work &work) {
-    const Index rows = values.images * values.rows;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (Index row = 0; row < rows; row++)
-        for (Index column = 0; column < values.columns; column++)
-            work(row / values.rows, row % values.rows, column, row * values.columns + column);
-}
-
 // Pieces of the channels as wide as a vector; the last one overlaps the one before it.
-template <class Vector, class Work> inline void for_channels(Index channels, const Work &work) {
+template <class Vector, class Body> inline void for_channels(Index channels, const Body &body) {
     constexpr Index width = sizeof(Vector) / sizeof(float);
-    for (Index c = 0; c < channels; c += width) work(c + width <= channels ? c : channels - width);
+    for (Index c = 0; c < channels; c += width) body(c + width <= channels ? c : channels - width);
 }
 
 // A vector at any address. (GCC 12 takes one that std::memcpy moves through the stack, by halves.)
@@ -295,7 +278,8 @@ template <bool ADD> void product(Factors f, float *c, Index c_row, Index rows, I
     }
 }
 
-// Values at the points of a block of tiles, and memory for them, which a thread keeps.
+// The 64 values of each tile and channel of a block, and memory for them, which a thread keeps: value p of tile i lies
+// at data + p * point + i * tile.
 struct Block {
     float *data;
     Index point, tile;
@@ -311,16 +295,16 @@ struct Block {
     Block(float *data, Index channels) : data(data), point(step(channels)), tile(channels) {}
 };
 
-// All tiles of `images` in blocks, shared out to threads: work(thread, count, place), where place(i, f) calls
+// All tiles of `images` in blocks, shared out to threads: body(thread, count, place), where place(i, f) calls
 // f(image, row, column) with the place of tile i of `count`.
-template <class Work> void for_blocks(Index number, const Images &images, Index threads, const Work &work) {
+template <class Body> void for_blocks(Index number, const Images &images, Index threads, const Body &body) {
     const Index columns = multiple(images.width, TILE) / TILE, rows = multiple(images.height, TILE) / TILE;
     const Index all = number * rows * columns, blocks = multiple(all, BLOCK) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (Index thread = 0; thread < threads; thread++)
         for (Index block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
             const Index first = BLOCK * block, count = all - first < BLOCK ? all - first : BLOCK;
-            work(thread, count, [&](Index i, const auto &at) {
+            body(thread, count, [&](Index i, const auto &at) {
                 const Index tile = first + i;
                 at(tile / (rows * columns), tile / columns % rows, tile % columns);
             });
@@ -328,31 +312,6 @@ template <class Work> void for_blocks(Index number, const Images &images, Index 
 }
 
 }  // namespace
-
-extern "C" void windows_to_values(const Images *images, Index count, const Values *values, Index threads) {
-    const auto gather = gather_of<POINTS>(images, count);
-    for_tiles(*values, threads, [&](Index n, Index r, Index t, Index number) {
-        gather(images, count, n, r, t, values->data + number * values->tile, values->point);
-    });
-}
-
-extern "C" void values_to_tiles(const Images *images, Index count, const Values *values, Index threads) {
-    const auto scatter = scatter_of(images, count);
-    for_tiles(*values, threads, [&](Index n, Index r, Index t, Index number) {
-        scatter(images, count, n, r, t, values->data + number * values->tile, values->point);
-    });
-}
-
-// The 64 products of values and `matrices` (64, channels, columns), columns a multiple of 8, written or added to results.
-extern "C" void multiply(const Values *values, Index channels, const float *matrices, const Values *results, Index columns,
-                         Index add, Index threads) {
-    const Index rows = values->images * values->rows * values->columns;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (Index p = 0; p < POINTS * POINTS; p++)
-        (add ? product<true> : product<false>)(
-            {values->data + p * values->point, values->tile, 1, matrices + p * channels * columns, columns, channels},
-            results->data + p * results->point, results->tile, rows, columns);
-}
 
 // Convolution of `number` images `inputs` with `matrices` (64, channels of the inputs, columns), `bias` (columns) added;
 // columns are the channels of the outputs, filled up to a multiple of 8. The tiles are those that cover the outputs.

@@ -119,7 +119,7 @@ class Coarse2Fine(Network):
         if not 1 <= output_num <= self.output_num:
             raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
         rain_layers, images = [], O  # Cat[O_{t-1}, ..., O_0] of equation 2, (N, 3 * t, H, W)
-        block = self.repeated(self.stage.block)
+        block = self.checkpointed(self.stage.block)
         for fusion in self.fusions[:output_num]:
             with without_autocast(O):
                 x = self.stage.f_st(fusion(images))

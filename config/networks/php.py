@@ -205,7 +205,7 @@ class PHP(Network):
         output_num = self.output_num if stage_num is None else stage_num
         if output_num not in range(1, self.output_num + 1):
             raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
-        R = self.repeated(self.pyramids)(O).to(O.dtype)  # X^c = Y - R; autocast may have made it bfloat16
+        R = self.checkpointed(self.pyramids)(O).to(O.dtype)  # X^c = Y - R; autocast may have made it bfloat16
         rain_layers = [R]
         if output_num > 1:
             rain_layers.append(R - self.refinement(O - R))  # X = X^c + the details

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from base.devices import autocast, compute_dtype, pick_device
 from base.errors import UserError
 from cal_ssim import METRICS, scores, to_8bit
 from dataset import read_whole
+from fast import any_size
 from fast.graphs import replaying
 from runs import checkpoints
 from settings import NETWORK_FIELDS, Settings, override, resolve
@@ -79,8 +79,8 @@ def restore(
     terminal, a bar shows the progress of an image that takes long.
     """
     bar = tqdm(total=1.0, delay=3, leave=False, disable=not in_terminal(), bar_format=BAR, dynamic_ncols=True)
-    each_stage = partial(_mirrored_too, network) if mirror else network.each_stage
-    rain_layers = each_stage(O, stage_num, memory_gib, bar.update)
+    restoring = _mirrored_too if mirror else any_size.rain_layers
+    rain_layers = restoring(network, O, stage_num, memory_gib, bar.update)
     half = compute_dtype(precision, O.device) == torch.float16
     with bar:
         for done in itertools.count():
@@ -91,7 +91,7 @@ def restore(
             if half and not R.isfinite().all():
                 log.warning("the activations leave float16's range, so this image is computed in float32")
                 bar.reset()
-                rain_layers = itertools.islice(each_stage(O, stage_num, memory_gib, bar.update), done, None)
+                rain_layers = itertools.islice(restoring(network, O, stage_num, memory_gib, bar.update), done, None)
                 half, precision = False, "float32"
                 R = next(rain_layers)
             R = R.to(O.dtype)  # autocast may have made it 16 bits, on MPS
@@ -101,16 +101,16 @@ def restore(
 def _mirrored_too(
     network: nn.Module, O: Tensor, stage_num: int | None, memory_gib: float, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
-    """As `Network.each_stage`: the means of the rain layers of `O` and, turned back, of its mirror image.
+    """As `any_size.rain_layers`: the means of the rain layers of `O` and, turned back, of its mirror image.
 
     The mirror image goes first, as a whole, and its rain layers are kept: 12 bytes a pixel and stage.
     """
 
-    def each_stage(O: Tensor) -> Iterator[Tensor]:
-        return network.each_stage(O, stage_num, memory_gib, lambda share: tick(share / 2))
+    def half_way(share: float) -> None:
+        tick(share / 2)
 
-    mirrored = list(each_stage(O.flip(-1)))
-    for R, other in zip(each_stage(O), mirrored, strict=True):
+    mirrored = list(any_size.rain_layers(network, O.flip(-1), stage_num, memory_gib, half_way))
+    for R, other in zip(any_size.rain_layers(network, O, stage_num, memory_gib, half_way), mirrored, strict=True):
         yield R.add_(other.flip(-1)).div_(2)
 
 

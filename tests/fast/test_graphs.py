@@ -22,7 +22,7 @@ def recorder(device, monkeypatch):
 
 
 def settings_of(**changes):
-    # Seven planes at most: the CPU's own Winograd code is no operation of PyTorch's, which could be recorded.
+    # Less than 8 channels: the compiled library is no operation of PyTorch, which the fake could record.
     small = {"channel": 5, "depth": 5, "stage_num": 2, "group": "z2", "batch_size": 3, "patch_size": 16}
     return resolve("sdsen_s2", {**small, **changes})
 
@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(device, recorder):
 def test_what_reads_from_the_gpu_is_not_recorded(device, recorder):
     assert graphs.record(lambda x: x * x.sum().item(), [torch.ones(2, device=device)]) is None
     if recorder:
-        assert not recorder.made[0].begun  # a recording that fails would leave PyTorch's allocator in it
+        assert not recorder.made[0].started  # a recording that fails would leave PyTorch's allocator in it
     doubled = graphs.record(lambda x: x * 2, [torch.ones(2, device=device)])  # and the next one is
     assert doubled(torch.full((2,), 3.0, device=device)).tolist() == [6.0, 6.0]
 
@@ -135,7 +135,7 @@ def test_replayed_images_follow_the_weights(name, precision, device, recorder):
     image, replays, stages = torch.rand(1, 3, 9, 14).to(device), graphs.Replays(network), network.output_num
 
     def last(function):
-        with torch.no_grad(), autocast(precision, device):  # as `evaluate.restore` does, for each image anew
+        with torch.no_grad(), autocast(precision, device):  # as `restore` does, for each image anew
             return function(image, stages)[-1]
 
     before = [last(replays) for _ in range(4)][-1]
@@ -161,7 +161,7 @@ def test_graphs_are_for_cuda_and_end_with_their_context():
 
 
 def test_memory_is_bounded_by_the_number_of_shapes(device, recorder, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_SHAPES", 2)
+    monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
     calls, replays = [], None
     replays = graphs.Replays(lambda image, stage_num: calls.append(1) or [image * 2])
     for width in (5, 6, 7):
@@ -184,11 +184,11 @@ def test_graphs_make_room_for_an_image_that_is_too_large_beside_them(device, rec
     for width in (5, 5, 5, 9, 5, 5):
         (found,) = replays(torch.ones(1, 3, 4, width, device=device), 1)
         assert found.unique().tolist() == [2.0]
-        assert bool(replays.graphs) == (width == 5 and replays.most > 0 and replays.seen.total() > 2)
+        assert bool(replays.graphs) == (width == 5 and replays.max_shapes > 0 and replays.seen.total() > 2)
 
 
 def test_large_images_are_not_recorded(device, recorder, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_PIXELS", 2 * 4 * 5)
+    monkeypatch.setattr(graphs, "MAX_PIXELS", 2 * 4 * 5)
     for number, recorded in ((2, True), (3, False)):
         replays = graphs.Replays(lambda image, stage_num: [image * 2])
         for _ in range(4):

@@ -1,58 +1,52 @@
-"""Winograd's convolution against the direct one: outputs and gradients, of any size, in pieces, from several inputs."""
+"""Winograd's convolution against the direct one: outputs and gradients, of any size, of several inputs, in bands."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model
-from fast import convolution, native, winograd
-from fast.convolution import Filters, conv2d, shared_filters
+from fast import native, winograd
+from fast.convolution import Filters, conv2d
 
-# (images, channels of each input, results, height, width)
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+# (images, channels of each input, channels of the output, height, width)
 SIZES = [
     (2, (40,), 40, 64, 64),
     (1, (40, 40), 40, 33, 47),
     (3, (12, 8), 20, 5, 3),
     (1, (16,), 8, 1, 1),
     (5, (9,), 10, 17, 4),
+    (2, (17, 8, 30), 9, 16, 21),
+    (1, (20,), 83, 3, 34),
 ]
+CHANNELS_LAST = torch.channels_last
 
 
-@pytest.fixture(autouse=True, params=["compiled", "in torch"], ids=["compiled", "in-torch"])
-def way(request, monkeypatch):
-    """All of this holds with winograd.cpp and in torch."""
-    if request.param == "in torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("no C++ compiler")
-
-
-def make(images, channels, results, height, width, dtype=torch.float32):
+def make(images, channels, outputs, height, width, dtype=torch.float32):
     generator = torch.Generator().manual_seed(height)
     inputs = [torch.randn(images, count, height, width, generator=generator, dtype=torch.float64) for count in channels]
     scale = (25 * sum(channels)) ** -0.5
-    filters = torch.randn(results, sum(channels), 5, 5, generator=generator, dtype=torch.float64) * scale
-    bias = torch.randn(results, generator=generator, dtype=torch.float64)
+    filters = torch.randn(outputs, sum(channels), 5, 5, generator=generator, dtype=torch.float64) * scale
+    bias = torch.randn(outputs, generator=generator, dtype=torch.float64)
     return [x.to(dtype).requires_grad_() for x in (*inputs, filters, bias)]
 
 
 def convolve(inputs, filters, bias):
-    with shared_filters():
-        return conv2d(inputs, Filters(filters, bias))
+    return conv2d(inputs, Filters(filters, bias, shared=True), padding=2)
 
 
 def direct(inputs, filters, bias):
     return F.conv2d(torch.cat(inputs, 1), filters, bias, padding=2)
 
 
-@pytest.mark.parametrize("chunk", [4, 100, 10**6])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, CHANNELS_LAST], ids=["channels-first", "channels-last"])
 @pytest.mark.parametrize("size", SIZES)
-def test_outputs_and_gradients_are_those_of_the_direct_convolution(size, chunk, monkeypatch):
-    monkeypatch.setattr(winograd, "CHUNK", chunk)
+def test_outputs_and_gradients_are_those_of_the_direct_convolution(size, memory):
     *inputs, filters, bias = leaves = make(*size)
-    y = convolve(inputs, filters, bias)
+    y = convolve([x.contiguous(memory_format=memory) for x in inputs], filters, bias)
     assert type(y.grad_fn).__name__ == "ConvolutionBackward"  # not the direct way
-    gradient = torch.randn_like(y)
+    gradient = torch.randn_like(y).contiguous(memory_format=memory)
     found = [y, *torch.autograd.grad(y, leaves, gradient)]
     *inputs, filters, bias = leaves = make(*size, dtype=torch.float64)
     y = direct(inputs, filters, bias)
@@ -60,6 +54,22 @@ def test_outputs_and_gradients_are_those_of_the_direct_convolution(size, chunk, 
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape
         assert (one - other).abs().max() < 3e-5 * max(1, other.abs().max())
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [((8,), 9), ((40, 40), 40), ((17, 8), 83)])
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (7, 9)])
+def test_bands_are_convolved_as_images_and_nothing_else_is_written(channels, outputs, height, width):
+    *inputs, filters, bias = (x.detach() for x in make(1, channels, outputs, height, width))
+    rows, columns = 4 * winograd.tiles(height), winograd.tiles(width)
+    bands = [torch.zeros(rows + 4, 4, columns + 2, count) for count in channels]
+    for x, band in zip(inputs, bands, strict=True):
+        winograd.to_band(x[0].permute(1, 2, 0), band[2:])
+    out = torch.full((rows, 4, columns + 2, outputs), 7.0)
+    winograd.convolve_bands(bands, winograd.transform_filters(filters), bias, out[:, :, 1:-1])
+    found, wanted = torch.empty(height, width, outputs), direct(inputs, filters, bias)[0].permute(1, 2, 0)
+    winograd.from_band(out[:, :, 1:-1], found)
+    assert (found - wanted).abs().max() < 3e-5 * wanted.abs().max()
+    assert out[:, :, [0, -1]].unique().tolist() == [7.0]
 
 
 def test_mean_error_is_at_most_ten_times_the_direct_convolutions():
@@ -71,40 +81,36 @@ def test_mean_error_is_at_most_ten_times_the_direct_convolutions():
 
 def test_two_passes_through_shared_filters_add_their_gradients():
     x, filters, bias = make(1, (8,), 8, 9, 10)
-    with shared_filters():
-        made = Filters(filters, bias)
-        y = conv2d([conv2d([x], made)], made)
+    shared = Filters(filters, bias, shared=True)
+    y = conv2d([conv2d([x], shared, padding=2)], shared, padding=2)
     found = torch.autograd.grad(y.square().sum(), (x, filters, bias))
     y = direct([direct([x], filters, bias)], filters, bias)
     for one, other in zip(found, torch.autograd.grad(y.square().sum(), (x, filters, bias)), strict=True):
         assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
 
-def test_a_pass_without_gradients_leaves_training_possible():
-    *inputs, filters, bias = make(1, (8,), 8, 40, 40)
-    winograd.work.kept.clear()
-    with torch.inference_mode():
-        convolve(inputs, filters, bias)
-    convolve(inputs, filters, bias).sum().backward()
-    assert filters.grad.abs().max() > 0
+CASES = ["alone", "few inputs", "few outputs", "double", "3x3", "autocast", "stride", "no library"]
 
 
-@pytest.mark.parametrize(
-    "case", ["alone", "few channels", "double", "3x3", "autocast"], ids=lambda case: case.replace(" ", "-")
-)
-def test_elsewhere_the_direct_way_is_taken(case):
-    x, filters = torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 5, 5)
-    if case == "few channels":
+@pytest.mark.parametrize("case", CASES)
+def test_elsewhere_the_direct_way_is_taken(case, monkeypatch):
+    x, filters, stride = torch.ones(1, 8, 8, 8), torch.ones(8, 8, 5, 5, requires_grad=True), 1
+    assert type(convolve([x], filters, None).grad_fn).__name__ == "ConvolutionBackward"
+    if case == "few inputs":
         x, filters = x[:, :7], filters[:, :7]
+    if case == "few outputs":
+        filters = filters[:7]
     if case == "double":
         x, filters = x.double(), filters.double()
     if case == "3x3":
         filters = filters[..., 1:-1, 1:-1]
-    with shared_filters():
-        assert convolution.winograd_fits([torch.zeros(1, 8, 8, 8)], torch.zeros(8, 8, 5, 5))
-        with torch.autocast("cpu", enabled=case == "autocast"):
-            assert case == "alone" or not convolution.winograd_fits([x], filters)
-    assert not convolution.winograd_fits([x], filters)
+    if case == "stride":
+        stride = 2
+    if case == "no library":
+        monkeypatch.setattr(native, "library", lambda: None)
+    with torch.autocast("cpu", enabled=case == "autocast"):
+        y = conv2d([x], Filters(filters, None, shared=case != "alone"), stride, 2)
+    assert type(y.grad_fn).__name__ == ("HalfConvolutionBackward" if case == "autocast" else "ConvolutionBackward0")
 
 
 @pytest.mark.parametrize("slope", [0.2, 1.0])

@@ -10,7 +10,8 @@ from base.devices import compute_dtype
 from base.errors import UserError
 from cal_ssim import METRICS, scores
 from dataset import list_pairs, read_whole
-from fast import convolution, windows
+from fast import convolution, strips
+from fast.any_size import rain_layers
 from runs import checkpoints
 from runs import restore as evaluate
 from runs.checkpoints import Checkpoint
@@ -77,7 +78,7 @@ def test_images_are_float32_where_the_ends_are_not(saved, monkeypatch):
     for module in (convolution, model):
         monkeypatch.setattr(module, "autocast_dtype", lambda x: None)
     network, O = saved[0].eval(), torch.rand(3, 13, 8)
-    monkeypatch.setattr(network, "whole_image", lambda O: windows.each_stage)
+    monkeypatch.setattr(strips, "fit", lambda *_: False)
     for image in evaluate.restore(network, O, precision="bf16"):
         assert image.dtype == torch.float32
         assert not torch.equal(image, image.bfloat16())  # as fine as the input
@@ -116,8 +117,8 @@ def test_a_later_stage_that_float16_cannot_hold(saved):
 def test_mirror_takes_the_mean_with_the_mirrored_image(saved, device):
     network = saved[0].eval().to(device)
     O = torch.rand(3, 13, 8, device=device)
-    plain = list(network.each_stage(O))
-    mirrored = [R.flip(-1) for R in network.each_stage(O.flip(-1))]
+    plain = list(rain_layers(network, O))
+    mirrored = [R.flip(-1) for R in rain_layers(network, O.flip(-1))]
     restored = list(evaluate.restore(network, O, precision="float32", mirror=True))
     assert len(restored) == 2
     for image, R, other in zip(restored, plain, mirrored, strict=True):
