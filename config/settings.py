@@ -25,6 +25,7 @@ from rain import STYLES
 _network = partial(option, group="Network")
 _data = partial(option, group="Data")
 _training = partial(option, group="Training")
+_advanced = partial(_training, usual=False)
 _run = partial(option, group="Files and devices")
 
 
@@ -45,16 +46,10 @@ class Settings(Coarse2FineSettings, PHPSettings):
     )
 
     data_dir: str = _data("", "folder with train, val and test; empty: the built-in set", path=True)
-    rain: str = _data(
-        "",
-        "style of the synthetic rain, new for every training crop; empty: the rain of the stored pairs",
-        choices=tuple(STYLES),
-    )
+    rain: str = _data("", "style of synthetic rain, new for each crop; empty: the rain of the pairs", choices=[*STYLES])
     clean_dir: str = _data("", "clean images for synthetic rain; empty: the ground truth of data_dir/train", path=True)
     more_data: tuple[str, ...] = _data((), "more folders of joined pairs to train on", path=True)
-    exclude: tuple[str, ...] = _data(
-        (), "folders of joined pairs, such as test sets, whose backgrounds are left out of training", path=True
-    )
+    exclude: tuple[str, ...] = _data((), "folders of pairs, e.g. test sets, whose backgrounds to leave out", path=True)
     aug_data: str = _data(
         "none",
         "augmentation: rotate by up to 30 degrees (paper: DA), quarter_turns (paper: C4DA), flip, or scale (rotate, "
@@ -64,66 +59,41 @@ class Settings(Coarse2FineSettings, PHPSettings):
     patch_size: int = _data(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = _data(64, "crops per step (paper: 64)", minimum=1)
     num_workers: int = _data(
-        -1,
-        "processes that prepare crops; 0: a thread; -1: a thread, or processes where a CUDA GPU would wait for "
-        "synthetic rain",
-        minimum=-1,
-        usual=False,
+        -1, "processes that prepare crops; 0: a thread; -1: as the device needs it", minimum=-1, usual=False
     )
     cache_gib: float = _data(16.0, "memory for decoded training images, GiB", minimum=0, usual=False)
 
     steps: int = _training(20000, "training steps (paper: learning rate falls at 15000 and 17500)", minimum=1)
-    epochs: int = _training(
-        0, "passes over the training images: steps and milestones then count epochs; 0: steps", minimum=0, usual=False
-    )
-    optimizer: str = _training(
-        "adam", "adam (paper) or soap (needs requirements-soap.txt)", choices=("adam", "soap"), usual=False
-    )
+    epochs: int = _advanced(0, "training epochs, which milestones then count as well; 0: steps", minimum=0)
+    optimizer: str = _advanced("adam", "adam (paper) or soap (requirements-soap.txt)", choices=("adam", "soap"))
     lr: float = _training(5e-4, "initial learning rate (paper: 5e-4)", minimum=0)
     schedule: str = _training(
-        "steps",
-        "learning-rate schedule: steps (divide by 10 at each milestone) or cosine (to a hundredth)",
-        choices=("steps", "cosine"),
+        "steps", "learning-rate schedule: steps (divide by 10 at each milestone) or cosine", choices=("steps", "cosine")
     )
     milestones: tuple[int, ...] = _training((15000, 17500), "steps at which lr is divided by 10 (paper: 15000 17500)")
-    warmup: int = _training(0, "steps of linear warm-up to lr (paper: 0)", minimum=0, usual=False)
-    clip_norm: float = _training(0.0, "largest gradient norm; 0: no clipping (paper)", minimum=0, usual=False)
+    warmup: int = _advanced(0, "steps of linear warm-up to lr (paper: 0)", minimum=0)
+    clip_norm: float = _advanced(0.0, "largest gradient norm; 0: no clipping (paper)", minimum=0)
     loss: str = _training(
         "mse",
-        "mse (paper), l1 or charbonnier of R_t against O - B; ssim: 1 - SSIM of O - R_t and B; ssim_l1: both; "
-        "coarse2fine and php: of these networks",
+        "mse (paper), l1 or charbonnier of R_t and O - B; ssim: 1 - SSIM of O - R_t and B; coarse2fine, php: theirs",
         choices=("mse", "l1", "charbonnier", "ssim", "ssim_l1", "coarse2fine", "php"),
     )
-    loss_stages: str = _training(
-        "all", "stages whose losses are summed (paper: all)", choices=("all", "last"), usual=False
-    )
-    average: float = _training(
-        0.0, "decay of a moving average of the weights, used in validation and test; 0: off (paper)", minimum=0
-    )
+    loss_stages: str = _advanced("all", "stages whose losses are summed (paper: all)", choices=("all", "last"))
+    average: float = _training(0.0, "decay of the weights' moving average, for validation and test; 0: off", minimum=0)
     accumulate: int = _training(1, "parts of a batch, one after another: same gradients, less memory", minimum=1)
-    checkpoint_activations: bool = _training(
-        False, "recompute the activations of a stage for its gradients: less memory, more time", usual=False
-    )
-    compile: str = _training(
-        "auto",
-        "torch.compile in training; auto: on a CUDA GPU where enough steps are left to make up for compiling",
-        choices=("on", "off"),
-        usual=False,
-    )
-    cuda_graphs: str = _training(
+    checkpoint_activations: bool = _advanced(False, "recompute activations for the gradients: less memory, more time")
+    compile: str = _advanced("auto", "torch.compile; auto: long trainings on a CUDA GPU", choices=("on", "off"))
+    cuda_graphs: str = _advanced(
         "auto",
         "replay training steps, and images of one size, as CUDA graphs; auto: on CUDA GPUs, in training not with "
         "several processes, accumulate or checkpoint_activations",
         choices=("on", "off"),
-        usual=False,
     )
     seed: int = _training(0, "seed of the initial weights, the crops and their rain", minimum=0)
-    val_images: int = _training(10, "validation pairs, spread over val; 0: all", minimum=0, usual=False)
-    log_steps: int = _training(50, "steps between log lines and points of the curves", minimum=1, usual=False)
+    val_images: int = _advanced(10, "validation pairs, spread over val; 0: all", minimum=0)
+    log_steps: int = _advanced(50, "steps between log lines and points of the curves", minimum=1)
     save_steps: int = _training(500, "steps between validations, each with a checkpoint step_N", minimum=1)
-    save_minutes: float = _training(
-        5.0, "minutes between writes of the checkpoint `latest`, beside save_steps", minimum=0, usual=False
-    )
+    save_minutes: float = _advanced(5.0, "minutes after which `latest` is written between validations", minimum=0)
 
     run: str = _run("", "name of the run's folders in model_dir, log_dir and show_dir; empty: the preset")
     model_dir: str = _run("models", "folder of the checkpoints", path=True)
@@ -132,15 +102,13 @@ class Settings(Coarse2FineSettings, PHPSettings):
     device: str = _run("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = _run(
         "auto",
-        "compute precision; auto: on CUDA GPUs bf16 in training (Ampere or newer) and fp16 in test and show (Volta or "
-        "newer), else float32; the first convolution and last layers always use float32; fp16: not for training",
+        "compute precision; auto: on CUDA GPUs bf16 in training (Ampere or newer), fp16 in test and show (Volta or "
+        "newer), else float32; fp16 can't train",
         choices=("float32", "bf16", "fp16"),
     )
     memory_gib: float = _run(0.0, "memory for restoring an image, GiB; 0: what is free (CPU)", minimum=0)
     mirror: bool = _run(False, "average with the restored mirror image: twice the time, a little better")
-    log_level: str = _run(
-        "info", "lowest level that is printed", choices=("debug", "info", "warning", "error"), usual=False
-    )
+    log_level: str = _run("info", "lowest level to print", choices=("debug", "info", "warning", "error"), usual=False)
 
     @property
     def model_path(self) -> Path:

@@ -79,10 +79,11 @@ class Option:
         return BadArgument(f"{self.name} takes {what if self.several else what.removesuffix('s')}, got {value!r}")
 
     def help(self) -> str:
-        head = f"  --{self.name} {as_text(self.default) or "''"}  "
+        default = as_text(self.default) or "''"
+        head = f"  --{self.name} {default}"
         choices = dict.fromkeys(filter(None, (self.default, *self.choices))) if self.choices else ()
         text = self.text + (f" [{', '.join(choices)}]" if choices else "")
-        return textwrap.fill(text, WIDTH, initial_indent=f"{head:{INDENT}}", subsequent_indent=" " * INDENT)
+        return textwrap.fill(text, WIDTH, initial_indent=f"{head:{INDENT - 2}}  ", subsequent_indent=" " * INDENT)
 
 
 def read_options(cls: type) -> dict[str, Option]:
@@ -145,5 +146,5 @@ def make_parser(options: dict[str, Option], description: str) -> Parser:
             parser.exit()
 
     parser = Parser(description=description, add_help=False)
-    parser.add_argument("-h", "--help", nargs="?", metavar="all", action=Help, help="usual settings; -h all: all of them")
+    parser.add_argument("-h", "--help", nargs="?", metavar="all", action=Help, help="usual settings, or all")
     return parser
