@@ -10,7 +10,17 @@ import rain
 from base.errors import BadArgument
 from base.files import ROOT
 from presets import PRESETS
-from settings import FIELDS, NETWORK_FIELDS, Settings, from_dict, make_parser, override, read_overrides, resolve, to_dict
+from settings import (
+    FIELDS,
+    NETWORK_FIELDS,
+    Settings,
+    from_dict,
+    make_parser,
+    override,
+    read_overrides,
+    resolve,
+    to_dict,
+)
 
 
 def test_defaults_are_the_papers():
