@@ -58,13 +58,6 @@ def _activation() -> nn.SELU:
     return nn.SELU(inplace=True)  # in place: the gradients do not need its input
 
 
-def _check_images(network: nn.Module, images: Tensor, kind: str) -> None:
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"{type(network).__name__} expects {kind} images of shape (N, 3, H, W), got {tuple(images.shape)}"
-        )
-
-
 class ContrastAwarePooling(nn.Module):
     """Pool the low-contrast pixels of rainy images, (N, 3, H, W) -> (N, 3, H / 2, W / 2), section III-B."""
 
@@ -222,7 +215,8 @@ class PHP(Network):
 
         `stage_num` returns only so many of the `output_num` rain layers.
         """
-        _check_images(self, O, "rainy")
+        if O.dim() != 4 or O.shape[1] != 3:
+            raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         output_num = self.output_num if stage_num is None else stage_num
         if output_num not in range(1, self.output_num + 1):
             raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
@@ -244,7 +238,6 @@ class Segmentation(nn.Module):
         self.pyramids = PyramidNetwork(classes)
 
     def forward(self, X: Tensor) -> Tensor:
-        _check_images(self, X, "restored")
         return self.pyramids(X)
 
 

@@ -1,4 +1,4 @@
-"""The coarse-to-fine network: the paper's parameter counts and equations, its stages and outputs, and its reach."""
+"""The coarse-to-fine network: the paper's parameter counts and equations, outputs, and receptive field."""
 
 from itertools import pairwise
 
@@ -179,14 +179,14 @@ def test_the_input_is_left_as_it_is():
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 4, 8, 8), (1, 3, 3, 8, 8)])
 def test_images_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match=r"expects rainy images of shape \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match="shape"):
         Coarse2Fine()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(("refined", "wrong"), [(True, 0), (True, -1), (True, 5), (False, 4)])
 def test_numbers_of_outputs_that_there_are_not(refined, wrong):
     network = small(refined=refined)
-    with pytest.raises(ValueError, match=rf"outputs 1 to {network.output_num}, got stage_num {wrong}"):
+    with pytest.raises(ValueError, match="stage_num"):
         network(rainy(1, 3, 8, 8), wrong)
 
 
