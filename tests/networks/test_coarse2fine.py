@@ -39,22 +39,7 @@ def test_parameter_counts(name):
     assert count_parameters(Coarse2Fine(**arguments)) == parameters
 
 
-def test_parameters_of_each_layer():
-    network = Coarse2Fine()
-    block = network.stage.block
-    parts = (
-        (network.fusions, 726),
-        (network.stage.f_st, 448),
-        (block.joins, 2304),
-        (block.layers, 9280),
-        (block.fusion, 1296),
-        (network.stage.r_st, 432),
-        (network.refinement, 2819),
-    )
-    assert [count_parameters(part) for part, _ in parts] == [count for _, count in parts]
-
-
-@pytest.mark.parametrize("stage_num", range(1, 17))
+@pytest.mark.parametrize("stage_num", [1, 2, 16])
 def test_stages_share_all_but_the_outer_fusions(stage_num):
     fusions = sum(3 * 3 * t + 3 for t in range(2, stage_num + 1))
     assert count_parameters(Coarse2Fine(stage_num=stage_num)) == 16579 + fusions
@@ -63,7 +48,7 @@ def test_stages_share_all_but_the_outer_fusions(stage_num):
 
 @pytest.mark.parametrize(
     ("channel", "depth", "parameters"),
-    [(16, 12, 55321), (32, 4, 64089), (24, 6, 54825), (32, 9, 151289), (48, 4, 141081)],
+    [(16, 12, 55321), (32, 9, 151289)],
 )
 def test_wider_and_deeper_blocks(channel, depth, parameters):
     c, L = channel, depth
