@@ -279,7 +279,7 @@ def test_clean_images_that_are_refused(data_dir, clean_dir, spoil, error):
 
 
 def classes(B):
-    """Labels that can be told from a clean image (.., H, W, 3): one of three, or none where it is bright."""
+    """Labels that follow from a clean image (.., H, W, 3): one of three, or none where it is bright."""
     level = np.asarray(B)[..., 0].astype(int)
     return np.select([level < 60, level < 110, level < 160], [18, 0, 7], 255).astype(np.uint8)
 

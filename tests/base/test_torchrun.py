@@ -132,8 +132,8 @@ def in_ranks(folder, count, words, script="main"):
 
 
 def become_rank(rank, count, port, output, script, words):
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
