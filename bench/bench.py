@@ -50,7 +50,8 @@ from base.devices import autocast, pick_device
 from base.errors import UserError
 from base.files import ROOT
 from base.images import write_image
-from dataset import CropDataset, training_batches
+from dataset import CropDataset
+from datasets.loader import training_batches
 from fast import graphs, native
 from main import make_optimizer, record_step, recording_obstacles, train_step
 from runs import checkpoints

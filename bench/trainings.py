@@ -29,7 +29,7 @@ from settings import FIELDS
 PAPER_STEPS = 20000
 SAVE_STEPS = 500  # main.py's, for the paper's training
 VALIDATIONS = 5  # points of a curve
-FORMATS = tuple(name for name in FIELDS["precision"].metadata["choices"] if name != "float32")
+FORMATS = tuple(name for name in FIELDS["precision"].choices if name != "float32")
 
 
 def start_training(folder: Path, name: str, words: list[str]) -> subprocess.Popen:

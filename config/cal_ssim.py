@@ -1,8 +1,8 @@
-"""PSNR and SSIM, differentiable for training, and the protocol by which every score of this repository is measured.
+"""PSNR and SSIM, differentiable for training, and the protocol of all scores in this repository.
 
-The protocol: the restored image is rounded to the 8 bits that would be saved and compared with the 8-bit truth, whole
-images, no border cut; a set's score is the mean over its images. `psnr` and `ssim` are taken on RGB (all three channels
-weigh alike), `psnr_y` and `ssim_y` on the luma of MATLAB's rgb2ycbcr (studio range 16..235, rounded to 8 bits).
+The protocol: the restored image is rounded to 8 bits, as it would be saved, and compared with the 8-bit ground truth:
+whole images, no border cut. The score of a data set is the mean over its images. `psnr` and `ssim` are computed on RGB
+(equal weights), `psnr_y` and `ssim_y` on the luma of MATLAB's rgb2ycbcr (16..235, rounded to 8 bits).
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from torch import Tensor
 
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y")
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004
-STRIP = 512  # rows of a large image whose SSIM is computed at once
+STRIP = 512  # rows of a large image that are scored at once
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
-    """Peak signal to noise ratio in dB of each image, (N, C, H, W) twice -> (N,); inf where the images are equal."""
+    """Peak signal to noise ratio in dB of each image, (N, C, H, W) twice -> (N,); inf for equal images."""
     return 10 * torch.log10(data_range**2 / (x - y).square().mean((1, 2, 3)))
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
     """Structural similarity of each image, (N, C, H, W) against (N, C, H, W) -> (N,), the mean over the channels.
 
-    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03), where the window lies inside the image.
-    Raises ValueError where the shapes differ or an image is smaller than the window.
+    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5 inside the image, K = (0.01, 0.03).
+    Raises ValueError if the shapes differ or an image is smaller than the window.
     """
     if x.shape != y.shape or x.dim() != 4 or min(x.shape[-2:]) < WINDOW:
         raise ValueError(
@@ -49,7 +49,7 @@ def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def to_8bit(image: Tensor) -> Tensor:
-    """An image in [0, 1], clipped and rounded to the uint8 values 0..255 that a file would hold."""
+    """An image in [0, 1], clipped and rounded to uint8 values 0..255, as a file stores it."""
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -59,13 +59,13 @@ def luma(bgr: Tensor) -> Tensor:
     return ((bgr * weights[:, None, None]).sum(1, keepdim=True) + 16).round()
 
 
-def scores(restored: Tensor, truth: Tensor) -> dict[str, float]:
-    """The four METRICS of one restored image against the truth, both (3, H, W) uint8 in BGR order.
+def scores(restored: Tensor, B: Tensor) -> dict[str, float]:
+    """The four METRICS of a restored image against the ground truth `B`, both (3, H, W) uint8 in BGR order.
 
-    Computed where `restored` lies. An image smaller than SSIM's window has no SSIM: nan.
+    Computed on the device of `restored`. SSIM is nan for an image smaller than its window.
     """
     device = torch.device("cpu") if restored.device.type == "mps" else restored.device  # MPS has no float64
-    x, y = (image.to(device)[None] for image in (restored, truth))
+    x, y = (image.to(device)[None] for image in (restored, B))
     values = []
     for convert in (Tensor.double, luma):
         values.append(_psnr_in_strips(x, y, convert))
@@ -75,7 +75,7 @@ def scores(restored: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def _psnr_in_strips(x: Tensor, y: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """PSNR of two images (1, C, H, W) uint8 in the values that `convert` makes of them, strip by strip."""
+    """PSNR of two images (1, C, H, W) uint8 after `convert`, strip by strip."""
     errors = []
     for top in range(0, x.shape[-2], STRIP):
         a, b = (convert(image[..., top : top + STRIP, :]) for image in (x, y))
@@ -84,9 +84,9 @@ def _psnr_in_strips(x: Tensor, y: Tensor, convert: Callable[[Tensor], Tensor]) -
 
 
 def _ssim_in_strips(x: Tensor, y: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """SSIM of the same, strip by strip: its moments take 120 bytes a sample.
+    """SSIM of two images as above; strip by strip because it needs 120 bytes per sample.
 
-    In float32, several times faster: within 1e-5 of float64 on real images.
+    float32 is several times faster, and within 1e-5 of float64 on real images.
     """
     places = x.shape[-2] - WINDOW + 1  # of the window
     total = torch.zeros((), dtype=torch.float64, device=x.device)

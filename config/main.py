@@ -47,7 +47,8 @@ from base.errors import UserError
 from base.files import lock, write_bytes
 from base.images import write_image
 from cal_ssim import METRICS
-from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
+from dataset import CropDataset, data_path, list_pairs, read_whole
+from datasets.loader import training_batches
 from fast import graphs
 from fast.graphs import Replay
 from paper import studies, tables
@@ -281,10 +282,11 @@ class Trainer:
         self.network.checkpoint_activations = settings.checkpoint_activations
         self.network.cuda_graphs = settings.cuda_graphs != "off"
         folder = data_path(settings)
-        self.dataset = CropDataset(folder / "train", settings)
+        read_labels = losses.label_reader(settings, folder / "train")
+        self.dataset = CropDataset(folder / "train", settings, read_labels)
         self.asked = settings  # what the checkpoints hold
         self.settings = self.dataset.settings = settings = in_steps(settings, len(self.dataset.paths))
-        self.criterion = losses.build(settings, self.dataset.labelled).to(self.device)
+        self.criterion = losses.build(settings, read_labels is not None).to(self.device)
         self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer)
         self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
         self.recorded: Replay | None = None  # the step, as a CUDA graph
@@ -448,7 +450,7 @@ class Trainer:
         lap_steps, waited = 0, 0.0  # since the last line of the log: steps, seconds spent waiting for crops
         stopped = False
         # All ranks stop behind the same step, whichever was asked to.
-        while self.step < settings.steps and not (stopped := any(ranks.total([interrupt.asked]))):
+        while self.step < settings.steps and not (stopped := any(ranks.total([interrupt.requested]))):
             fetch_at = time.monotonic()
             O, B, *labels = (x.to(self.device, non_blocking=True) for x in next(batches))
             O, B = O.float() / 255, B.float() / 255

@@ -1,7 +1,4 @@
-"""GPUs that are not there: PyTorch's own Python functions ask them, and check what they are asked, as on real ones.
-
-Only what lies below torch.cuda's Python code is replaced. Tensors cannot lie on such a card: they stay on the CPU.
-"""
+"""Fake GPUs: only what is below torch.cuda's Python code is replaced. Tensors stay on the CPU."""
 
 import importlib
 from types import SimpleNamespace
@@ -11,7 +8,7 @@ import torch
 
 
 class FakeCuda:
-    """Cards by their compute capability. `current` is the index of the one that the process has chosen, 0 at first."""
+    """Cards by their compute capability. `current` is the index of the current one, 0 at first."""
 
     def __init__(self, *capabilities: tuple[int, int]):
         self.current = 0
@@ -30,7 +27,7 @@ class FakeCuda:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Let PyTorch find these cards, with CUDA not yet initialised and TF32 on."""
-        importlib.import_module("torch._dynamo")  # optimisers import it; it would take more than is replaced here
+        importlib.import_module("torch._dynamo")  # optimisers import it, and it needs more than is replaced here
         below = {
             "_cuda_init": lambda: None,
             "_cuda_getDeviceCount": self.count,
@@ -59,15 +56,15 @@ class FakeCuda:
 
 
 def keep_on_cpu(patch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Leave on the CPU what is sent to a card. Returns the list of these cards, which grows."""
-    asked = []
+    """Leave on the CPU what is sent to a card. Returns the list of these cards, which grows with each call."""
+    cards = []
 
     def wrap(kind: type) -> None:
         move = kind.to
 
         def to(x, *arguments, **keywords):
             if arguments and isinstance(arguments[0], torch.device) and arguments[0].type == "cuda":
-                asked.append(arguments[0])
+                cards.append(arguments[0])
                 arguments = ("cpu", *arguments[1:])
             return move(x, *arguments, **keywords)
 
@@ -76,4 +73,4 @@ def keep_on_cpu(patch: pytest.MonkeyPatch) -> list[torch.device]:
     wrap(torch.Tensor)
     wrap(torch.nn.Module)
     patch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x)
-    return asked
+    return cards

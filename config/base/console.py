@@ -1,4 +1,4 @@
-"""The command line's side of every script: arguments, the log, Ctrl-C, and how errors end a program."""
+"""What every script needs on the command line: an argument parser, the log, Ctrl-C and exit statuses."""
 
 import argparse
 import logging
@@ -6,60 +6,61 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
-from base.errors import UserError
+from base.errors import BadArgument, UserError
 
 log = logging.getLogger("sdsen")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all others are, and that takes no abbreviations."""
+    """An argument parser that raises BadArgument and takes no abbreviations."""
 
-    def __init__(self, **keywords):
+    def __init__(self, **keywords: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
 
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
+    def error(self, message: str) -> NoReturn:
+        raise BadArgument(f"{message} (see {self.prog} --help)")
 
 
 def set_up_log(level: str = "info") -> None:
-    """Send the program's log to standard output as plain lines, at `level` ("debug", "info", "warning", "error").
+    """Print the program's log on standard output from `level` up ("debug", "info", "warning" or "error").
 
-    Of several processes that torchrun started, the first one speaks; from the others come warnings and errors alone.
+    Of several ranks, the first prints everything, the others only warnings and errors.
     """
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter(f"{_speaker()}%(message)s"))
-    if _speaker():
+    handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
+    if _rank_prefix():
         handler.setLevel(logging.WARNING)
     log.handlers = [handler]
     log.propagate = False
-    logging.raiseExceptions = False  # a log file on a full disk must not print a traceback a line
+    logging.raiseExceptions = False  # else a log file on a full disk prints a traceback per line
     log.setLevel(level.upper())
 
 
 def in_terminal() -> bool:
-    """Whether progress bars are looked at: standard error is a terminal, and this process the one that speaks."""
-    return sys.stderr.isatty() and not _speaker()
+    """Whether to show progress bars: standard error is a terminal, and this is the first rank."""
+    return sys.stderr.isatty() and not _rank_prefix()
 
 
-def _speaker() -> str:
-    """What lines begin with: "rank N: " in the processes behind the first that torchrun started."""
+def _rank_prefix() -> str:
+    """The start of each line: "rank N: " in the processes of torchrun except the first."""
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return "" if rank == "0" else f"rank {rank}: "
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask for an end, by `asked`; what is under way is finished first."""
+    """Within this, Ctrl-C and SIGTERM only set `requested`, so that the caller can finish its work first."""
 
-    def __enter__(self):
-        self.asked = False
-        self.old = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "Interrupt":
+        self.requested = False
+        self.old = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _ask(self, *_):
-        self.asked = True
+    def _request(self, *_: object) -> None:
+        self.requested = True
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for name, handler in self.old.items():
             signal.signal(name, handler)
 
@@ -69,7 +70,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
-        sys.stderr.write(f"{_speaker()}error: {error}\n")  # at once, so that several processes' lines stay whole
+        sys.stderr.write(f"{_rank_prefix()}error: {error}\n")  # one write, so that ranks do not mix their lines
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,41 +1,41 @@
-"""The errors that a user sees: one line each, and exit status 2 (`console.run_script`)."""
+"""The errors that a user sees: one line each and exit status 2 (`console.run_script`)."""
 
 
 class UserError(Exception):
-    """Something that the user can mend. Its text is one line: what is wrong, which file, what to do."""
+    """Something that the user can fix. Its text is one line: what is wrong, in which file, what to do."""
 
 
 class BadArgument(UserError):
-    """An argument, a setting or a combination of these that cannot be."""
+    """An argument, a setting or a combination of these that is not possible."""
 
 
 class MissingFile(UserError):
-    """A file, a folder or a package that is not there, or is empty."""
+    """A file, folder or package that is missing or empty."""
 
 
 class DamagedFile(UserError):
-    """A file that cannot be read, or is of another kind than it should be."""
+    """A file that cannot be read or is of the wrong kind."""
 
 
 class Mismatch(UserError):
-    """Two things that do not belong together: a checkpoint and a network, the halves of a pair."""
+    """Two things that do not fit together: a checkpoint and a network, an image and the patch size."""
 
 
 class NotWritable(UserError):
-    """A file or a folder that cannot be written."""
+    """A file or folder that cannot be written."""
 
 
 class Occupied(UserError):
-    """A place that holds something else already, or a run that another process trains."""
+    """A place that is taken: by other files, or by another process that trains the run."""
 
 
 class NotFinite(UserError):
-    """A loss, weights or an output that are infinite or nan."""
+    """A loss, weights or an output that is infinite or nan."""
 
 
 class OutOfMemory(UserError):
-    """A device's memory, or the disk in its place, that is too small."""
+    """Too little memory on a device or in the machine."""
 
 
 class LostProcess(UserError):
-    """Another process of the same run that has ended."""
+    """Another process of the same run has ended."""

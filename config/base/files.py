@@ -1,4 +1,4 @@
-"""Where the repository is, files that are written whole or not at all, and locks."""
+"""The repository's folder, atomic writes and locks."""
 
 import json
 import os
@@ -10,13 +10,16 @@ from base.errors import NotWritable
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
-ROOT = Path(__file__).resolve().parents[2]  # paths hang on the repository, not on the caller's working directory
+ROOT = Path(__file__).resolve().parents[2]  # the repository
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name beside `path`, sync it and rename it. Raises NotWritable on a full disk."""
+    """Write a file, whole or not at all: under a temporary name beside `path`, synced, then renamed.
+
+    Makes the folder if it is missing. Raises NotWritable.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +34,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON as `write_bytes` writes, indented, with a newline at its end."""
+    """`write_bytes` of JSON, indented and with a newline at the end."""
     write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def lock(file: IO) -> bool:
-    """Lock an open file until it is closed; False where another process holds it.
+    """Lock an open file until it is closed; False if another process has locked it.
 
-    Where there are no locks (Windows, some file systems) nothing is locked, and True is returned.
+    Always True where there are no locks (Windows, some file systems).
     """
     if fcntl is None:
         return True

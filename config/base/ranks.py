@@ -1,11 +1,11 @@
-"""Several processes that share one command's work, as torchrun starts them, and what they tell each other.
+"""Ranks: the processes of torchrun, which share the work of one command, and how they communicate.
 
-A process is a rank. Without torchrun there is one, rank 0, and every function here returns at once. The ranks talk
-through gloo, on the CPU; gradients go their own way, by DistributedDataParallel, through NCCL between CUDA GPUs.
+Without torchrun there is one, rank 0, and every function here returns at once. The functions use gloo, on the CPU;
+DistributedDataParallel sends gradients through NCCL between CUDA GPUs.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,16 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from base.errors import UserError
+from base.errors import LostProcess
 
 Item = TypeVar("Item")
-LOST = ("onnection", "gloo", "roken pipe", "imed out", "NCCL", "ocket")  # words of a broken link's errors
-ENDED = "another process of this run has ended, so this one ends too: what happened is in that one's messages"
+LOST = ("onnection", "gloo", "roken pipe", "imed out", "NCCL", "ocket")  # in errors of a broken link
+ENDED = "another process of this run has ended: see its messages for the reason"
 
 
 @contextmanager
-def joined():
-    """Within this, the process is one of those that torchrun started, if it did."""
+def joined() -> Iterator[None]:
+    """Within this, the process is connected to the others that torchrun started, if it did.
+
+    Raises LostProcess if another one ends.
+    """
     several = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     if not several or dist.is_initialized():
         yield
@@ -30,18 +33,17 @@ def joined():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
-        # Nobody leaves while another still has to tell him something. A barrier may go through NCCL, which needs a card
-        # for each rank even where all compute on the CPU.
+        # Wait for all ranks. Not by a barrier: it may use NCCL, which needs a GPU per rank even if all are on the CPU.
         total([0.0])
     except RuntimeError as error:
         if is_lost(error):
-            raise UserError(ENDED) from None
+            raise LostProcess(ENDED) from None
         raise
     dist.destroy_process_group()
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether this error is that of a link to another process, which has ended."""
+    """Whether this error means that another process has ended."""
     return count() > 1 and any(word in str(error) for word in LOST)
 
 
@@ -54,7 +56,7 @@ def rank() -> int:
 
 
 def local() -> int:
-    """The rank among those of this machine."""
+    """The rank on this machine."""
     return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
 
 
@@ -68,17 +70,17 @@ def is_first() -> bool:
 
 
 def part(total: int) -> range:
-    """This rank's of `total` things in a row: equal parts, or longer by one."""
+    """This rank's part of `total` consecutive things: all parts are equal, or longer by one."""
     return range(total * rank() // count(), total * (rank() + 1) // count())
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This rank's items: every count()-th."""
+    """This rank's items: every `count()`-th."""
     return items[rank() :: count()]
 
 
 def gather(mine: list[Item]) -> list[Item]:
-    """All ranks' results for their `share` of some items, in the order of the items."""
+    """The results of all ranks for their `share` of some items, in the order of the items."""
     if count() == 1:
         return mine
     lists: list[list[Item]] = [[] for _ in range(count())]
@@ -96,7 +98,7 @@ def total(values: list[float]) -> list[float]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Make a module's gradients, on every rank, the mean over the ranks."""
+    """Replace a module's gradients with their mean over the ranks."""
     if count() > 1:
         for parameter in module.parameters():
             if parameter.grad is not None:
@@ -105,7 +107,7 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def from_first(make: Callable[[], Item]) -> Item:
-    """What `make` returns on rank 0, on every rank. Where it raises a UserError there, the other ranks end silently."""
+    """What `make` returns on rank 0, on every rank. If it raises an error there, the other ranks exit silently."""
     if count() == 1:
         return make()
     message: list[Any] = [None]

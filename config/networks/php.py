@@ -1,32 +1,40 @@
-"""The parallel and hierarchical context pyramids (PHP), their ablations, and the segmentation network beside them.
+"""The intensity-aware network (PHP: parallel and hierarchical pyramids), its ablations, its loss and its labels.
 
-They are of "Intensity-Aware Single-Image Deraining with Semantic and Color Regularization", whose sections, figures and
-equations the comments name. Its letters are Y for the rainy image (here O), X^c for the image that sub-network 1
-restores, and X for that of sub-network 2, which adds the details.
+Sections, figures and equations are those of "Intensity-Aware Single-Image Deraining with Semantic and Color
+Regularization". Its symbols: Y is the rainy image (here O), X^c the image restored by sub-network 1, X that of
+sub-network 2, which adds details.
 
-The paper trains from scratch and says no more of the initial weights than that they are random. Here they are LeCun
-normal with zero biases, as SELU needs to keep activations at mean 0 and variance 1. The top-down sums and the residuals
-add to that and the reweighting takes from it, but nothing vanishes or explodes: with images of noise in [0, 1], the
-mean square is 0.4 behind the stem, 0.3, 0.6, 1.1 and 1.8 behind levels 1 to 4, and 1.2 and 2.1 in the rain layers (each
-the mean of 100 seeds).
+The paper only says that the initial weights are random. Here they are LeCun normal with zero biases, as SELU needs.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base.devices import without_autocast
+from base.errors import Mismatch
+from base.images import read_image
+from base.options import option
 from networks.base import Network
+from networks.terms import Terms, by_stage, charbonnier
 
-CHANNELS = 48  # of the stem and of every level
+CHANNELS = 48  # of the stem and of each level
 LEVELS = BRANCHES = 4  # levels h, and parallel convolutions i in each: k of figure 3
-HIDDEN = 16  # channels at full resolution, in front of the outputs
+HIDDEN = 16  # channels at full resolution, before the outputs
 CLASSES = 19  # of Cityscapes, section III-D
 STRIDE = 2  # of the stem: the levels work at half the resolution
+LABELS = "label"  # folder beside the images with a PNG of labels for each, of the same name
+IGNORED = 255  # label of pixels without a class
+EPSILON = 1e-6  # of the loss: Charbonnier's
+LOWPASS = 9  # side of the Gaussian window, pixels
 
-# The dilations of the convolutions in level h, which share its channels: all blocks have equally many weights. Behind
-# "php" they are summed top-down and reweighted; in the others, the first rows of table IV, they are concatenated alone.
+# Dilations of the parallel convolutions of level h. They share its channels, so that all blocks have as many weights.
+# "php" also sums them top-down and reweights them; the others are rows of table IV.
 DILATIONS = {
     "php": lambda h: [h * i for i in range(1, BRANCHES + 1)],
     "concatenation": lambda h: [h * i for i in range(1, BRANCHES + 1)],  # PHP-concatenation
@@ -47,18 +55,11 @@ def _convolution(in_channels: int, out_channels: int, kernel: int = 3, dilation:
 
 
 def _activation() -> nn.SELU:
-    return nn.SELU(inplace=True)  # in place: what it is applied to need not be kept for the gradients
-
-
-def _check_images(network: nn.Module, images: Tensor, kind: str) -> None:
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"{type(network).__name__} expects {kind} images of shape (N, 3, H, W), got {tuple(images.shape)}"
-        )
+    return nn.SELU(inplace=True)  # in place: the gradients do not need its input
 
 
 class ContrastAwarePooling(nn.Module):
-    """Rainy images (N, 3, H, W) to their pixels of low contrast, pooled, (N, 3, H / 2, W / 2); section III-B."""
+    """Pool the low-contrast pixels of rainy images, (N, 3, H, W) -> (N, 3, H / 2, W / 2), section III-B."""
 
     def __init__(self):
         super().__init__()
@@ -72,13 +73,27 @@ class ContrastAwarePooling(nn.Module):
 
 POOLINGS = {"contrast": ContrastAwarePooling, "max": partial(nn.MaxPool2d, STRIDE), "none": lambda: None}
 
+_network = partial(option, group="Network php", usual=False)
+_loss = partial(option, group="Loss php", usual=False, minimum=0)
+
+
+@dataclass(frozen=True)
+class PHPSettings:
+    """The settings of this network and its loss; `settings.Settings` inherits them. `refined` is in coarse2fine too."""
+
+    block: str = _network("php", "what a level is made of", choices=(*DILATIONS, "non_local"))
+    pooling: str = _network("contrast", "pooling of the rainy image for the levels", choices=tuple(POOLINGS))
+    lowpass_sigma: float = _loss(1.7, "low-pass filter of the ground truth for X^c, pixels; 0: off")
+    colour_weight: float = _loss(0.1, "weight of the colour term")
+    segmentation_weight: float = _loss(0.05, "weight of the segmentation term, if there are labels")
+
 
 class Level(nn.Module):
     """One parallel pyramid, (N, `in_channels`, H, W) -> (N, 48, H, W), figure 3.
 
     Args:
         dilations: of the parallel convolutions, which share the 48 channels equally, from small to large.
-        aggregated: sum top-down and reweight what the convolutions find; otherwise it is concatenated alone.
+        aggregated: sum the convolutions' outputs top-down and reweight them; otherwise only concatenate.
         residual: add the input.
     """
 
@@ -90,7 +105,7 @@ class Level(nn.Module):
             nn.Sequential(_convolution(in_channels, branch_channels, dilation=dilation), _activation())
             for dilation in dilations
         )
-        self.halo = max(dilations)  # pixels to each side of one that it depends on
+        self.halo = max(dilations)  # receptive field, pixels to each side
         if aggregated:
             depthwise = partial(_convolution, CHANNELS, CHANNELS, groups=CHANNELS)
             self.T = nn.Sequential(depthwise(), _activation(), depthwise(), _activation())
@@ -108,24 +123,24 @@ class Level(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Non-local block in the place of a level, (N, C, H, W) -> (N, C, H, W).
+    """Non-local block in place of a level, (N, C, H, W) -> (N, C, H, W).
 
-    It is the embedded Gaussian form of "Non-local neural networks" (Wang et al., CVPR 2018) with that paper's residual,
-    and without its normalisation, which this network has nowhere.
+    The embedded Gaussian form of "Non-local neural networks" (Wang et al., CVPR 2018) with its residual but without its
+    normalisation: this network has none.
     """
 
-    halo = None  # a pixel depends on all of them
+    halo = None  # the whole image
 
     def __init__(self, channels: int):
         super().__init__()
         self.theta = _convolution(channels, CHANNELS // 2, kernel=1)
-        # A bias here would add the same to all scores of a pixel, which the softmax takes away again.
+        # No bias: it would add the same to all scores of a pixel, which the softmax ignores.
         self.phi = _convolution(channels, CHANNELS // 2, kernel=1, bias=False)
         self.g = _convolution(channels, CHANNELS // 2, kernel=1)
         self.W = _convolution(CHANNELS // 2, channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (N, 24, H, W) -> (N, 1, H * W, 24): one head. Contiguous, or PyTorch would hold all (H * W)^2 scores at once.
+        # (N, 24, H, W) -> (N, 1, H * W, 24): one head; contiguous, so that PyTorch does not store all (H * W)^2 scores.
         query, key, value = (
             f(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.theta, self.phi, self.g)
         )
@@ -134,7 +149,7 @@ class NonLocal(nn.Module):
 
 
 class PyramidNetwork(nn.Module):
-    """Sub-network 1, (N, 3, H, W) -> (N, `out_channels`, H, W), any H and W; figure 2. Arguments as those of `PHP`."""
+    """Sub-network 1, (N, 3, H, W) -> (N, `out_channels`, H, W), any H and W, figure 2; arguments as for `PHP`."""
 
     def __init__(self, out_channels: int, block: str = "php", pooling: str = "contrast"):
         super().__init__()
@@ -145,7 +160,7 @@ class PyramidNetwork(nn.Module):
             levels, channels = [NonLocal(in_channels) for _ in range(LEVELS)], in_channels
         else:
             levels, channels = [], CHANNELS
-            for h in range(1, LEVELS + 1):  # level 1 has no residual: its input has other channels
+            for h in range(1, LEVELS + 1):  # level 1 has no residual: its input has more channels
                 first = h == 1
                 dilations = DILATIONS[block](h)
                 levels.append(Level(in_channels if first else CHANNELS, dilations, block == "php", not first))
@@ -155,10 +170,10 @@ class PyramidNetwork(nn.Module):
             *(_convolution(channels, HIDDEN), _activation()),
             _convolution(HIDDEN, out_channels, kernel=1),
         )
-        self.halo = None  # pixels to each side of one that its output depends on
+        self.halo = None  # receptive field, pixels to each side; None: the whole image
         if block != "non_local":
-            # The head's 3x3 and bilinear upsampling reach 1 pixel each; the stem 1, and 1 from an odd pixel to the even
-            # one that it is centred at; pooling 2 by f_d2's dilation, and 1 to the second pixel of a pair.
+            # At full resolution: the head's 3x3 and the bilinear upsampling, 1 each; the stem 2 (1, and 1 from an odd
+            # pixel to the even one it is centred at); contrast pooling 3 (2 for f_d2, 1 for the pair).
             self.halo = 2 + STRIDE * sum(level.halo for level in levels) + (3 if pooling == "contrast" else 2)
 
     def forward(self, Y: Tensor) -> Tensor:
@@ -171,14 +186,13 @@ class PyramidNetwork(nn.Module):
 
 
 class PHP(Network):
-    """Intensity-aware deraining network, with every variant of table IV that is a network of this paper.
+    """Intensity-aware deraining network, and its variants in table IV.
 
     Args:
-        block: "php", or what the other rows have in its place: "concatenation" (no top-down sums, no reweighting),
-            "parallel" (and dilations 1 to 4 in every level), "hierarchical" (dilation h in level h), "standard" (no
-            dilation), or "non_local" blocks.
-        pooling: of the rainy image, for the levels: "contrast" (contrast-aware), "max" or "none".
-        refined: have sub-network 2, for the details; otherwise X^c is the result (w/o. X).
+        block: of the levels: "php", or without top-down sums and reweighting "concatenation", "parallel" (dilations 1
+            to 4 in every level), "hierarchical" (dilation h in level h) or "standard" (no dilation); or "non_local".
+        pooling: of the rainy image for the levels: "contrast" (contrast-aware), "max" or "none".
+        refined: add details with sub-network 2; otherwise X^c is the result (w/o. X).
     """
 
     stride = STRIDE
@@ -188,7 +202,7 @@ class PHP(Network):
         super().__init__()
         self.output_num = 1 + refined
         self.pyramids = PyramidNetwork(3, block, pooling)
-        self.halo = self.pyramids.halo  # pixels to each side of one that the last output depends on; None: all
+        self.halo = self.pyramids.halo
         if refined:  # sub-network 2, at full resolution
             in_channels = [3, HIDDEN, HIDDEN, HIDDEN]
             layers = [layer for n in in_channels for layer in (_convolution(n, HIDDEN), _activation())]
@@ -199,9 +213,10 @@ class PHP(Network):
     def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
         """Rain layers [O - X^c, O - X] of rainy images `O` (N, 3, H, W) in [0, 1], any H and W, each (N, 3, H, W).
 
-        `stage_num` stops after so many of these `output_num` rain layers.
+        `stage_num` returns only so many of the `output_num` rain layers.
         """
-        _check_images(self, O, "rainy")
+        if O.dim() != 4 or O.shape[1] != 3:
+            raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         output_num = self.output_num if stage_num is None else stage_num
         if output_num not in range(1, self.output_num + 1):
             raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
@@ -215,7 +230,7 @@ class PHP(Network):
 class Segmentation(nn.Module):
     """Phi of section III-C: images (N, 3, H, W), any H and W, to logits of the classes (N, 19, H, W).
 
-    It has the shape of sub-network 1 (section III-D), and weights of its own.
+    The architecture of sub-network 1 (section III-D) with its own weights.
     """
 
     def __init__(self, classes: int = CLASSES):
@@ -223,5 +238,75 @@ class Segmentation(nn.Module):
         self.pyramids = PyramidNetwork(classes)
 
     def forward(self, X: Tensor) -> Tensor:
-        _check_images(self, X, "restored")
         return self.pyramids(X)
+
+
+class PHPLoss(nn.Module):
+    """Accuracy, colour and segmentation terms, section III-C, equations 3 to 5.
+
+    Charbonnier loss of X^c against the low-passed ground truth and of X against the ground truth; 1 - cosine of the
+    pixels' colours in X^c and the ground truth; if `labelled`, cross entropy of the classes that a segmentation
+    network, trained along, predicts from X^c.
+    """
+
+    def __init__(
+        self, refined: bool, sigma: float, colour_weight: float, segmentation_weight: float, labelled: bool = False
+    ):
+        super().__init__()
+        self.refined, self.sigma = refined, sigma
+        self.colour_weight, self.segmentation_weight = colour_weight, segmentation_weight
+        self.segmentation = Segmentation() if labelled else None
+
+    def forward(self, rain_layers: list[Tensor], O: Tensor, B: Tensor, labels: Tensor | None = None) -> Terms:
+        """`labels` (N, H, W) int64 are the classes of the pixels, or IGNORED."""
+        coarse = O - rain_layers[0]
+        # Without sub-network 2, sub-network 1 has to restore the details as well.
+        losses = [charbonnier(coarse - (lowpass(B, self.sigma) if self.refined else B), EPSILON)]
+        losses += [charbonnier(O - R - B, EPSILON) for R in rain_layers[1:]]
+        terms, loss = {}, torch.stack(losses).sum()
+        if self.colour_weight:
+            terms["colour"] = colour_loss(coarse, B)
+            loss = loss + self.colour_weight * terms["colour"]
+        if self.segmentation and labels is not None:
+            logits = self.segmentation(coarse).float()
+            # Not the mean of cross_entropy: it is nan where all pixels are ignored.
+            total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            terms["segmentation"] = total / (labels != IGNORED).sum().clamp(min=1)
+            loss = loss + self.segmentation_weight * terms["segmentation"]
+        return {"loss": loss, **by_stage(losses), **terms}
+
+
+def lowpass(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter of images (N, C, H, W), 9x9 with replicated borders; sigma 0 returns them unchanged."""
+    if not sigma:
+        return images
+    offsets = torch.arange(LOWPASS, device=images.device, dtype=images.dtype) - LOWPASS // 2
+    window = torch.exp(-offsets.square() / (2 * sigma**2))
+    window = (window / window.sum()).expand(images.shape[1], 1, 1, -1)
+    images = F.pad(images, [LOWPASS // 2] * 4, mode="replicate")
+    with without_autocast(images):
+        images = F.conv2d(images, window, groups=images.shape[1])
+        return F.conv2d(images, window.transpose(2, 3), groups=images.shape[1])
+
+
+def colour_loss(restored: Tensor, B: Tensor) -> Tensor:
+    """1 - mean cosine of the pixels' colours in images (N, 3, H, W); black pixels of `B` count as equal."""
+    lit = B.square().sum(1) > 0
+    cosine = F.cosine_similarity(restored, B, dim=1, eps=1e-6)
+    return 1 - torch.where(lit, cosine, 1.0).mean()
+
+
+def read_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The classes (H, W) uint8 of an image's pixels from its PNG of labels; all IGNORED if there is none.
+
+    `shape` is (H, W). Raises Mismatch if the PNG has another size or type, or unknown classes.
+    """
+    file = path.parent / LABELS / f"{path.stem}.png"
+    if not file.is_file():
+        return np.full(shape, IGNORED, np.uint8)
+    labels = read_image(file)
+    if labels.shape != shape or labels.dtype != np.uint8:
+        raise Mismatch(f"{file} must be a grey 8-bit image of {shape[1]}x{shape[0]} pixels, as its image is")
+    if not ((labels < CLASSES) | (labels == IGNORED)).all():
+        raise Mismatch(f"{file} has labels other than 0 to {CLASSES - 1} and {IGNORED}")
+    return labels

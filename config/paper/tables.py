@@ -299,15 +299,15 @@ def run_rows(
     missed = []
     told = False
     with Interrupt() as stop:
-        while running or (waiting and not stop.asked):
-            if time.monotonic() > end and not stop.asked:
+        while running or (waiting and not stop.requested):
+            if time.monotonic() > end and not stop.requested:
                 log.info(f"{minutes:g} minutes are over")
-                stop.asked = True
-            if stop.asked and not told:
+                stop.requested = True
+            if stop.requested and not told:
                 told = True
                 for job in running:
                     job.process.terminate()
-            while waiting and len(running) < jobs and not stop.asked:
+            while waiting and len(running) < jobs and not stop.requested:
                 job = waiting.pop(0)
                 log.info(f"{job.row.name}: from step {job.step} to {job.settings.steps}")
                 job.start("train", environment)
@@ -317,10 +317,10 @@ def run_rows(
                 archive.keep_current()
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                if job.process.returncode and not stop.asked:
+                if job.process.returncode and not stop.requested:
                     missed.append(job)
                     log.warning(f"{job.row.name}: {job.part} ended with {job.last_line()!r}")
-                elif job.is_stopped(stop.asked):
+                elif job.is_stopped(stop.requested):
                     missed.append(job)
                     log.info(f"{job.row.name}: stopped at step {job.step} of {job.settings.steps}")
                 elif job.part == "test":

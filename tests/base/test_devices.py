@@ -1,11 +1,11 @@
-"""Devices, precision, and the errors of full memory."""
+"""Choice of device and precision, and the errors of full memory."""
 
 import pytest
 import torch
 
 import model
 from base import devices, ranks
-from base.errors import UserError
+from base.errors import BadArgument
 from runs import restore as evaluate
 from settings import resolve
 
@@ -14,12 +14,12 @@ CPU = torch.device("cpu")
 
 def test_pick_device():
     assert devices.pick_device("cpu").type == "cpu"
-    there = torch.cuda.is_available() or torch.backends.mps.is_available()
-    assert (devices.pick_device("auto").type != "cpu") == there
-    with pytest.raises(UserError, match="none of auto"):
+    available = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert (devices.pick_device("auto").type != "cpu") == available
+    with pytest.raises(BadArgument):
         devices.pick_device("gpu0")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="PyTorch sees no such device here; there is"):
+        with pytest.raises(BadArgument):
             devices.pick_device("cuda")
 
 
@@ -30,7 +30,7 @@ AMPERE, TURING = (8, 0), (7, 5)
     ("name", "current", "index"), [("auto", 0, 0), ("cuda", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1), ("cuda:0", 1, 0)]
 )
 def test_a_card_is_picked_by_its_index(cards, name, current, index):
-    """The one that is named, or that the process has chosen already; from here on it has chosen this one."""
+    """The named one, or the current one; it is the current one from then on."""
     fake = cards(AMPERE, TURING)
     fake.choose(current)
     assert devices.pick_device(name) == torch.device("cuda", index)
@@ -38,7 +38,7 @@ def test_a_card_is_picked_by_its_index(cards, name, current, index):
     assert devices.describe(torch.device("cuda", index)) == f"Card {index}"
 
 
-def test_float32_is_not_rounded_on_a_card(cards):
+def test_tf32_is_off_on_a_card(cards):
     cards(AMPERE)
     assert torch.backends.cudnn.allow_tf32
     devices.pick_device("cuda")
@@ -47,18 +47,18 @@ def test_float32_is_not_rounded_on_a_card(cards):
 
 
 @pytest.mark.parametrize("names", [["cuda:2"], ["cuda:0", "cuda:7"]])
-def test_a_card_that_is_not_there_is_refused(cards, names):
+def test_an_index_out_of_range_is_refused(cards, names):
     fake = cards(AMPERE, AMPERE)
     *good, bad = names
     for name in good:
         devices.pick_device(name)
-    with pytest.raises(UserError):
+    with pytest.raises(BadArgument):
         devices.pick_device(bad)
     assert fake.current == 0
 
 
 def be_rank(patch, local, here, count=None):
-    """This process is number `local` of `here` ones on its machine, of `count` in all."""
+    """This process is number `local` of `here` on its machine, and of `count` in all."""
     patch.setattr(ranks, "count", lambda: count or here)
     patch.setenv("LOCAL_RANK", str(local))
     patch.setenv("LOCAL_WORLD_SIZE", str(here))
@@ -77,7 +77,7 @@ def test_each_process_has_a_card_of_its_own(cards, monkeypatch, name, local):
 def test_processes_that_would_share_a_card_are_refused(cards, monkeypatch, local, name):
     cards(AMPERE, AMPERE)
     be_rank(monkeypatch, local, 3)
-    with pytest.raises(UserError):
+    with pytest.raises(BadArgument):
         devices.pick_device(name)
 
 
@@ -89,7 +89,7 @@ def test_one_process_a_machine_may_name_its_card(cards, monkeypatch, name, index
 
 
 def test_the_cpu_is_picked_beside_a_card(cards, monkeypatch):
-    """By several processes too, and without a word to CUDA."""
+    """By several processes too, and without initialising CUDA."""
     cards(AMPERE)
     be_rank(monkeypatch, 1, 2)
     assert devices.pick_device("cpu") == CPU
@@ -117,6 +117,16 @@ def test_precision_by_the_cards_generation(cards, capability):
     for training in (True, False):
         assert devices.compute_dtype("float32", device, training) == torch.float32
         assert devices.compute_dtype("bf16", device, training) == torch.bfloat16
+
+
+def test_gtx_16_has_no_tensor_cores(cards):
+    """Its capability is that of other Turing cards."""
+    fake = cards(TURING, TURING)
+    fake.cards[0].name = "NVIDIA GeForce GTX 1660 Ti"
+    assert [devices.compute_dtype("auto", torch.device("cuda", index)) for index in (0, 1)] == [
+        torch.float32,
+        torch.float16,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
-"""Image files: what is read comes back, what is cut off is told, and writing is whole or not at all."""
+"""Image files: round trips, damaged files and pairs."""
 
 import os
-import resource
 
 import cv2
 import numpy as np
 import pytest
 
-from base.errors import UserError
+from base.errors import DamagedFile, Mismatch, MissingFile
 from base.images import list_images, read_image, read_pair, split_pair, to_bgr8, write_image
 
 RNG = np.random.default_rng(0)
@@ -32,21 +31,21 @@ def test_png_round_trip(tmp_path, kind):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tiff", ".webp"])
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
-def test_cut_off_file_is_told_without_noise(tmp_path, suffix, kept, capfd):
+def test_cut_off_file_raises_without_messages_of_libraries(tmp_path, suffix, kept, capfd):
     path = tmp_path / f"a{suffix}"
     write_image(path, np.repeat(np.repeat(IMAGES["colour"], 4, 0), 4, 1))
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(UserError, match="no image that can be read, or is cut off"):
+    with pytest.raises(DamagedFile):
         read_image(path)
     assert "rror" not in capfd.readouterr().err.replace("TIFF", "")
 
 
 def test_file_that_is_missing_or_of_another_depth(tmp_path):
-    with pytest.raises(UserError, match="can't be read: No such file"):
+    with pytest.raises(MissingFile):
         read_image(tmp_path / "absent.png")
     cv2.imwrite(str(tmp_path / "float.tiff"), np.zeros((4, 4), np.float32))
-    with pytest.raises(UserError, match="samples of type float32"):
+    with pytest.raises(DamagedFile):
         read_image(tmp_path / "float.tiff")
 
 
@@ -62,26 +61,12 @@ def test_pairs(tmp_path):
     write_image(tmp_path / "a.png", IMAGES["colour"])
     B, O = read_pair(tmp_path / "a.png")
     np.testing.assert_array_equal(np.hstack([B, O]), IMAGES["colour"])
-    with pytest.raises(UserError, match="29 pixels wide, an odd number"):
+    with pytest.raises(Mismatch):
         split_pair(IMAGES["colour"][:, :29], tmp_path / "b.png")
 
 
-def test_files_are_listed_as_a_person_counts(tmp_path):
+def test_files_are_listed_in_natural_order(tmp_path):
     for name in ("10.png", "2.PNG", "1.jpg", "a2b10.tif", "a2b9.tif", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "3.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["1.jpg", "2.PNG", "10.png", "a2b9.tif", "a2b10.tif"]
-
-
-def test_disk_that_takes_no_more_leaves_the_old_image(tmp_path):
-    path = tmp_path / "a.png"
-    write_image(path, IMAGES["grey"])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"a\.png can't be written: .+; nothing there was changed"):
-            write_image(path, IMAGES["colour"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    np.testing.assert_array_equal(read_image(path), IMAGES["grey"])
-    assert os.listdir(tmp_path) == ["a.png"]

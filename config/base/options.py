@@ -1,0 +1,150 @@
+"""Options: the fields of a dataclass, the values they may take, how a command line sets them, and their help.
+
+A field is declared as `steps: int = option(20000, "training steps", group="Training", minimum=1)`. A value is a bool,
+int, float or str, or a tuple of these.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import textwrap
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from base.console import Parser
+from base.errors import BadArgument
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+VALUES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "words"}
+WIDTH, INDENT = 100, 25  # of the help, columns
+
+
+def option(default: Any, text: str, **details: Any) -> Any:
+    """A field of a dataclass; `details` are the fields of `Option` from `group` on."""
+    return dataclasses.field(default=default, metadata={"text": text, **details})
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    name: str
+    kind: type  # of a value, or of each of `several`
+    several: bool  # whether the value is a tuple
+    default: Any
+    text: str
+    group: str  # heading in the help
+    choices: tuple[str, ...] = ()  # besides the default; empty: any value
+    minimum: float | None = None
+    path: bool = False
+    usual: bool = True  # whether `-h` shows it; `-h all` shows all
+
+    def parse(self, words: list[str]) -> Any:
+        """The value that words of a command line give. Raises BadArgument."""
+        try:
+            values = tuple(self._convert(word) for word in words if word or not self.several)
+        except (ValueError, KeyError):
+            raise self._wrong_type(" ".join(words)) from None
+        if self.several:
+            return self.check(values)
+        if len(values) != 1:
+            raise self._wrong_type(" ".join(words) or "nothing")
+        return self.check(values[0])
+
+    def _convert(self, word: str) -> Any:
+        if self.path:  # relative to the caller's working directory
+            return os.path.abspath(Path(word).expanduser()) if word else word
+        return BOOLEANS[word.lower()] if self.kind is bool else self.kind(word)
+
+    def check(self, value: Any) -> Any:
+        """Returns `value`. Raises BadArgument if the option can't have it."""
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        if self.several != isinstance(value, tuple):
+            raise self._wrong_type(value)
+        if any(type(item) not in kinds for item in (value if self.several else (value,))):
+            raise self._wrong_type(value)
+        if not self.has_choice(value):
+            raise BadArgument(f"{self.name} can't be {value!r}{nearest(value, self.choices)}")
+        if self.minimum is not None and not self.minimum <= value < float("inf"):
+            raise BadArgument(f"{self.name} must be at least {self.minimum}, got {value}")
+        return value
+
+    def has_choice(self, value: Any) -> bool:
+        return not self.choices or value in (self.default, *self.choices)
+
+    def _wrong_type(self, value: Any) -> BadArgument:
+        what = "paths" if self.path else VALUES[self.kind]
+        return BadArgument(f"{self.name} takes {what if self.several else what.removesuffix('s')}, got {value!r}")
+
+    def help(self) -> str:
+        default = as_text(self.default) or "''"
+        head = f"  --{self.name} {default}"
+        choices = dict.fromkeys(filter(None, (self.default, *self.choices))) if self.choices else ()
+        text = self.text + (f" [{', '.join(choices)}]" if choices else "")
+        return textwrap.fill(text, WIDTH, initial_indent=f"{head:{INDENT - 2}}  ", subsequent_indent=" " * INDENT)
+
+
+def read_options(cls: type) -> dict[str, Option]:
+    """The options of a dataclass by name: its own in their order, then those it inherits."""
+    found, hints, own = {}, typing.get_type_hints(cls), inspect.get_annotations(cls)
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own):
+        kind, several = hints[field.name], typing.get_origin(hints[field.name]) is tuple
+        kind = typing.get_args(kind)[0] if several else kind
+        found[field.name] = Option(field.name, kind, several, field.default, **field.metadata)
+    return found
+
+
+def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, Any]:
+    """Values by name from `--name value`, `--name=value` and `--name value value`; the last of a name counts.
+
+    Raises BadArgument for an unknown name or a value that is not possible.
+    """
+    values: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, rest = word[2:].partition("=")
+            values[name] = [rest] if equals else []
+        elif not name:
+            raise BadArgument(f"{word!r} belongs to no setting: settings are given as --name value")
+        else:
+            values[name].append(word)
+    for name in values:
+        check_name(options, name, "--")
+    return {name: options[name].parse(text) for name, text in values.items()}
+
+
+def check_name(options: dict[str, Option], name: str, prefix: str = "") -> None:
+    """Raises BadArgument, which names the nearest, if no option has this name."""
+    if name not in options:
+        raise BadArgument(f"unknown setting {prefix}{name}{nearest(name, options, prefix)}")
+
+
+def nearest(word: Any, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error about an unknown word: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(str(word), list(known), 1, 0.5)
+    return f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(prefix + n for n in known)}"
+
+
+def as_text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def make_parser(options: dict[str, Option], description: str) -> Parser:
+    """A parser whose help lists options, `-h` the usual and `-h all` all of them; it does not read them."""
+
+    class Help(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+            print(parser.format_help())
+            shown = [each for each in options.values() if each.usual or values == "all"]
+            for group in dict.fromkeys(each.group for each in shown):
+                print(f"{group}:", *(each.help() for each in shown if each.group == group), sep="\n")
+            if len(shown) < len(options):
+                print(f"{len(options) - len(shown)} more settings: -h all")
+            parser.exit()
+
+    parser = Parser(description=description, add_help=False)
+    parser.add_argument("-h", "--help", nargs="?", metavar="all", action=Help, help="usual settings, or all")
+    return parser

@@ -1,0 +1,108 @@
+"""Batches of training crops, prepared by a thread or by worker processes while the network computes."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
+from threading import Thread
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from base import ranks
+
+STOPS = (signal.SIGINT, signal.SIGTERM)  # signals that ask a training to end
+
+
+def training_batches(dataset: Dataset, first_step: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """This rank's part of each batch of a `CropDataset`, from `first_step` to the last step.
+
+    A batch is (O, B), each (N, 3, patch, patch) uint8, then the labels (N, patch, patch) int64, if any.
+    """
+    settings = dataset.settings
+    mine = ranks.part(settings.batch_size)
+    starts = range(first_step * settings.batch_size, settings.steps * settings.batch_size, settings.batch_size)
+    workers = settings.num_workers
+    if workers < 0:
+        # Python threads do not speed up synthetic rain, and a GPU's step takes less time than its rain.
+        workers = _spare_cores() if device.type == "cuda" and settings.rain else 0
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[range(start + mine.start, start + mine.stop) for start in starts],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else the loader would draw from the global generator
+        worker_init_fn=_init_worker,
+    )
+    return _from_workers(loader) if workers else _one_ahead(iter(loader))
+
+
+def _spare_cores() -> int:
+    """Worker processes for one rank: 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def _from_workers(loader: DataLoader) -> Iterator:
+    """The loader's batches. Its workers end with this iterator, or with the program if the iterator outlives it."""
+    others, workers = multiprocessing.active_children(), []
+    with ExitStack() as ending:
+        # At exit Python sends SIGTERM to its child processes and waits. Workers ignore SIGTERM, so they must be gone by
+        # then: PyTorch asks them to end, and those that have not after some seconds are killed.
+        atexit.register(ending.close)
+        ending.callback(atexit.unregister, ending.close)
+        ending.callback(lambda: [process.kill() for process in workers])
+        try:
+            with _blocked_stops():
+                batches = iter(loader)
+        finally:
+            workers += [process for process in multiprocessing.active_children() if process not in others]
+        ending.callback(batches._shutdown_workers)
+        yield from batches
+
+
+@contextmanager
+def _blocked_stops() -> Iterator[None]:
+    """Block STOPS, also in processes that start meanwhile: a worker imports for seconds before `_init_worker`.
+
+    A fork server that starts meanwhile blocks them for good.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # now, because starting it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(_: int) -> None:
+    """Ignore STOPS, which a terminal or a scheduler sends to the whole process group, and end with the parent."""
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Needed with a fork server: PyTorch watches the process that forked the worker, which is then the server."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _one_ahead(batches: Iterator) -> Iterator:
+    """The same batches; a thread prepares the next one while the caller computes."""
+    with ThreadPoolExecutor(1, "crops") as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
