@@ -52,11 +52,12 @@ from base.files import ROOT
 from base.images import write_image
 from dataset import CropDataset, training_batches
 from fast import graphs, native
-from main import make_optimizer, record_step, recording_obstacles, train_step
+from main import record_step, train_step
 from rain import STYLES, add_rain
 from runs import checkpoints
-from runs import restore as evaluate
 from runs.checkpoints import Checkpoint
+from runs.optimization import make_optimizer, recording_obstacles
+from runs.restore import Restoring, restore
 from settings import Settings, override, resolve
 from timing import LEAST, Numbers, alternate, first_call, summary
 
@@ -126,7 +127,7 @@ def make_inference(side: str, settings: Settings, device: torch.device, height: 
     O = torch.rand(3, height, width, generator=rng).to(device)
     if side == "product":
         network = _replayed(network.to(device).eval(), device)
-        return lambda: list(evaluate.restore(network, O, precision=settings.precision))
+        return lambda: list(restore(network, O, Restoring(precision=settings.precision)))
     plain = reference.build(settings, network.state_dict()).to(device).eval()
     return lambda: reference.restore(plain, O)
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from base.console import log
-from base.errors import UserError
+from base.errors import NotWritable
 
 try:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import RecordWriter
     from tensorboardX.summary import image, scalar
-except ModuleNotFoundError:  # as on a machine for computing alone
+except ModuleNotFoundError:  # TensorBoard is not needed to train
     Event = None
 
 
 def open_curves(folder: Path, step: int) -> "Curves | NoCurves":
-    """The curves of a run that goes on at `step`; without tensorboardX none, and a line that says so."""
+    """The curves of a run that starts or resumes at `step`; without tensorboardX none, and a line that says so."""
     if Event is None:
         log.warning("tensorboardX is not installed: no curves are written, only the log")
         return NoCurves()
@@ -28,7 +28,7 @@ def open_curves(folder: Path, step: int) -> "Curves | NoCurves":
 
 
 class NoCurves:
-    """Takes what `Curves` takes, and writes nothing."""
+    """Has the methods of `Curves`, and writes nothing."""
 
     def add(self, step: int, values: dict[str, float]) -> None:
         pass
@@ -41,14 +41,13 @@ class NoCurves:
 
 
 class Curves:
-    """The event file of a run in training.
+    """The event file of a run in training. A method that cannot write raises NotWritable.
 
-    Not by tensorboardX's SummaryWriter, which writes in a thread: on a full disk that thread ends with a traceback, and
-    the program hangs. Here a point is with the system when `add` returns, or a UserError is raised.
+    tensorboardX's SummaryWriter writes in a thread, which on a full disk ends with a traceback while the program hangs.
     """
 
     def __init__(self, folder: Path, step: int):
-        """`step` is where training goes on; points behind it, which a killed process wrote, are not shown any more."""
+        """`step` is where training resumes; TensorBoard drops later points, which a killed process wrote."""
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,6 @@ class Curves:
         self._write(Event(step=step, summary=image(name, picture[..., ::-1].copy(), dataformats="HWC")))
 
     def close(self) -> None:
-        """Close the file; what was added is in it."""
         self.writer.close()
 
     def _write(self, *events: Event) -> None:
@@ -80,9 +78,9 @@ class Curves:
                 self.writer.write(event.SerializeToString())
             self.writer.flush()
         except OSError as error:
-            with contextlib.suppress(OSError):  # or Python complains when it frees the file
+            with contextlib.suppress(OSError):  # else Python complains when it frees the file
                 self.writer.close()
             raise self._failed(error) from None
 
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(f"the curves in {self.folder} can't be written: {error.strerror}")
+    def _failed(self, error: OSError) -> NotWritable:
+        return NotWritable(f"the curves in {self.folder} can't be written: {error.strerror}")
