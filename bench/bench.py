@@ -56,7 +56,7 @@ from main import record_step, train_step
 from rain import STYLES, add_rain
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from runs.optimization import make_optimizer, recording_obstacles
+from runs.optimization import can_record, make_optimizer
 from runs.restore import Restoring, restore
 from settings import Settings, override, resolve
 from timing import LEAST, Numbers, alternate, first_call, summary
@@ -179,7 +179,7 @@ def make_training(
         optimizer = make_optimizer(network, settings.lr)
         if fused is not None:
             optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=fused)
-        records = settings.cuda_graphs != "off" and not recording_obstacles(settings, device)
+        records = can_record(settings, device)
         # In the first step, as in a training.
         recorded = cache(lambda: record_step(network, losses.build(settings), settings, O, B) if records else None)
         return lambda: train_step(network, optimizer, O, B, settings, scored=False, recorded=recorded())["loss"]

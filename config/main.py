@@ -43,23 +43,16 @@ from runs.start import choose_start
 from runs.training import Training
 from settings import Settings, make_parser, read_overrides
 
-# ---------------------------------------------------------------- training
-
 
 def add_gradients(
-    network: nn.Module,
-    criterion: nn.Module,
-    settings: Settings,
-    O: Tensor,
-    B: Tensor,
-    labels: Tensor | None = None,
-    share: float = 1.0,
+    network: nn.Module, criterion: nn.Module, settings: Settings, *crops: Tensor, share: float = 1.0
 ) -> Outcome:
-    """Rain layers, loss, gradients: those of `share` times the loss are added to the parameters'."""
+    """Rain layers, loss, gradients: those of `share` times the loss on `crops` (O, B, labels) are added up."""
+    O, B, *labels = crops
     O, B = (x.contiguous(memory_format=torch.channels_last) for x in (O, B))  # as the rain layers and gradients are
     with autocast(settings.precision, O.device, training=True):
         rain_layers = network(O)  # one for each stage, (N, 3, H, W)
-        terms = criterion(rain_layers, O, B, labels)
+        terms = criterion(rain_layers, O, B, *labels)
     loss = share * terms.pop("loss")
     (loss * ranks.count()).backward()  # DistributedDataParallel takes the mean over the ranks, not the sum
     terms = {name: term.detach() for name, term in terms.items()}
@@ -143,8 +136,8 @@ def train_loop(training: Training, bar: tqdm, interrupt: Interrupt) -> None:
             bar.set_postfix(training.log_step(result, rate))
         if training.step % settings.save_steps == 0 or training.step == settings.steps:
             training.validate_and_save()
-        elif training.minutes_since_save() > settings.save_minutes:
-            training.save("latest")
+        else:
+            training.save_after(settings.save_minutes)
     if training.step < settings.steps:
         training.save("latest")
 
@@ -152,15 +145,12 @@ def train_loop(training: Training, bar: tqdm, interrupt: Interrupt) -> None:
 def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> None:
     """`-a train`: start a run, or resume it where it has a checkpoint."""
     training = Training(choose_start(preset, name, overrides))
-    if training.step < training.settings.steps:
-        with training.running() as bar, Interrupt() as interrupt:
-            train_loop(training, bar, interrupt)
-            training.log_end()
-    else:
+    if training.step >= training.settings.steps:
         training.log_end()
-
-
-# ---------------------------------------------------------------- test
+        return
+    with training.running() as bar, Interrupt() as interrupt:
+        train_loop(training, bar, interrupt)
+        training.log_end()
 
 
 def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> None:
@@ -211,9 +201,6 @@ def write_scores(path: Path, rows: list[tuple[str, int, int, float, np.ndarray]]
     for name, height, width, change, scores in rows:
         writer.writerow([name, height, width, f"{change:.4f}", *(f"{value:.6f}" for value in scores.flat)])
     write_bytes(path, text.getvalue().encode())
-
-
-# ---------------------------------------------------------------- command line
 
 
 def models() -> None:

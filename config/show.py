@@ -11,10 +11,10 @@ call's images. `python show.py -h` lists the settings.
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,6 @@ from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
 from settings import Settings, make_parser, read_overrides
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
-Item = TypeVar("Item")
-
-# ---------------------------------------------------------------- one image
 
 
 def to_network(image: np.ndarray) -> Tensor:
@@ -82,9 +79,6 @@ def derain(
     if paired:
         rows = [scores(to_tensor(x).to(device), to_tensor(ground_truth)) for x in (image, *stages)]
     return Restored(image, stages, ground_truth, rows, change, seconds)
-
-
-# ---------------------------------------------------------------- files
 
 
 def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
@@ -147,16 +141,6 @@ def result_suffix(path: Path, image: np.ndarray) -> str:
     return ".png" if suffix not in SUFFIXES or too_deep or too_many else path.suffix
 
 
-# ---------------------------------------------------------------- all images
-
-
-def with_progress(images: Sequence[Item], terminal: bool) -> Iterator[Item]:
-    """The images, with a progress bar in a terminal."""
-    bar = tqdm(images, unit="image", disable=not terminal, dynamic_ncols=True)
-    with bar, logging_redirect_tqdm([log] if terminal else []):
-        yield from bar
-
-
 def summarize(items: Sequence[Restored]) -> str:
     """The mean scores if there are any, and the network's mean time."""
     text = ""
@@ -202,8 +186,9 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     written = stage_num if known.all_stages else 0
     mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, written), strict=True), 1)))
     results = []  # of each image an item and its entry in the page, or None where it was skipped
-    with replaying(network, device):
-        for number, (path, stem) in with_progress(mine, in_terminal()):
+    bar = tqdm(mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
+    with replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
+        for number, (path, stem) in bar:
             try:
                 item = derain(network, path, known.input is None, device, Restoring.of(settings), stage_num)
             except UserError as error:

@@ -19,59 +19,44 @@ except ModuleNotFoundError:  # TensorBoard is not needed to train
     Event = None
 
 
-def open_curves(folder: Path, step: int) -> "Curves | NoCurves":
-    """The curves of a run that starts or resumes at `step`; without tensorboardX none, and a line that says so."""
-    if Event is None:
-        log.warning("tensorboardX is not installed: no curves are written, only the log")
-        return NoCurves()
-    return Curves(folder, step)
-
-
-class NoCurves:
-    """Has the methods of `Curves`, and writes nothing."""
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Curves:
-    """The event file of a run in training. A method that cannot write raises NotWritable.
+    """The event file of a training; without tensorboardX, or a `folder`, nothing is written.
 
     tensorboardX's SummaryWriter writes in a thread, which on a full disk ends with a traceback while the program hangs.
+    A method of this class that cannot write raises NotWritable.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path | None, step: int):
         """`step` is where training resumes; TensorBoard drops later points, which a killed process wrote."""
-        self.folder = folder
+        self.folder, self.writer = folder, None
+        if folder and Event is None:
+            log.warning("tensorboardX is not installed: no curves are written, only the log")
+        if not folder or Event is None:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
             self.writer = RecordWriter(str(folder / name))
         except OSError as error:
             raise self._failed(error) from None
-        self._write(
-            Event(file_version="brain.Event:2"),
-            Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
-        )
+        start = SessionLog(status=SessionLog.START)
+        self._write([Event(file_version="brain.Event:2"), Event(step=step + 1, session_log=start)])
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """One point of each curve."""
-        self._write(*(Event(step=step, summary=scalar(name, value)) for name, value in values.items()))
+        if self.writer:
+            self._write([Event(step=step, summary=scalar(name, value)) for name, value in values.items()])
 
     def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 in BGR order."""
-        self._write(Event(step=step, summary=image(name, picture[..., ::-1].copy(), dataformats="HWC")))
+        if self.writer:
+            self._write([Event(step=step, summary=image(name, picture[..., ::-1].copy(), dataformats="HWC"))])
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
-    def _write(self, *events: Event) -> None:
+    def _write(self, events: list) -> None:
         try:
             for event in events:
                 event.wall_time = time.time()

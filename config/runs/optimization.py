@@ -64,9 +64,6 @@ def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.o
     )
 
 
-# ---------------------------------------------------------------- a step and its parts
-
-
 class Outcome(NamedTuple):
     """What a forward and backward pass leaves beside the gradients; all detached."""
 
@@ -100,7 +97,7 @@ def clip_gradients(settings: Settings, *modules: nn.Module) -> None:
 
 @torch.no_grad()
 def step_scores(outcome: Outcome, O: Tensor, B: Tensor) -> Iterator[tuple[str, float]]:
-    """The loss's terms, and `stage_t/psnr` and `stage_t/ssim` of the crops; no SSIM of crops smaller than its window."""
+    """The loss's terms, `stage_t/psnr`, and `stage_t/ssim` unless the crops are smaller than its window."""
     for name, term in outcome.terms.items():
         yield name, term.item()
     for t, R in enumerate(outcome.rain_layers, 1):
@@ -110,38 +107,29 @@ def step_scores(outcome: Outcome, O: Tensor, B: Tensor) -> Iterator[tuple[str, f
             yield f"stage_{t}/ssim", cal_ssim.ssim(restored, B).mean().item()
 
 
-# ---------------------------------------------------------------- faster steps
-
-
 def compile_network(network: nn.Module, settings: Settings, device: torch.device, steps: int) -> None:
     """Compile the network where `compile` says so, or is `auto` and it pays: on a CUDA GPU with many `steps` left."""
     requested = settings.compile == "on"
-    pays = settings.compile == "auto" and device.type == "cuda" and steps >= COMPILE_STEPS
+    old = TorchVersion(torch.__version__) < "2.5"  # which would compile anew in every step
+    if requested and old:
+        raise BadArgument(f"--compile on needs PyTorch 2.5 or newer, this is {torch.__version__}")
+    pays = settings.compile == "auto" and device.type == "cuda" and steps >= COMPILE_STEPS and not old
     if not (requested or pays):
-        return
-    if TorchVersion(torch.__version__) < "2.5":  # which would compile anew in every step
-        if requested:
-            raise BadArgument(f"--compile on needs PyTorch 2.5 or newer, this is {torch.__version__}")
         return
     log.info("compiling the network, which makes the first step slow; --compile off does without")
     torch._dynamo.config.suppress_errors = not requested  # auto: without a compiler, the network runs as it is
     network.compile()
 
 
-def recording_obstacles(settings: Settings, device: torch.device) -> list[str]:
-    """What keeps a step from becoming a CUDA graph."""
+def can_record(settings: Settings, device: torch.device) -> bool:
+    """Whether a step becomes a CUDA graph. Raises BadArgument where `cuda_graphs` is on and it can't."""
     obstacles = {
         f"the device is {device}": device.type != "cuda",
         "several processes share a batch": ranks.count() > 1,
         "accumulate takes a batch in parts": settings.accumulate > 1,
         "checkpoint_activations repeats stages": settings.checkpoint_activations,
     }
-    return [text for text, applies in obstacles.items() if applies]
-
-
-def can_record(settings: Settings, device: torch.device) -> bool:
-    """Whether steps become CUDA graphs. Raises BadArgument where `cuda_graphs` is on and they can't."""
-    obstacles = recording_obstacles(settings, device)
-    if obstacles and settings.cuda_graphs == "on":
-        raise BadArgument(f"--cuda_graphs on records a step of one pass on one CUDA GPU, but {', '.join(obstacles)}")
-    return settings.cuda_graphs != "off" and not obstacles
+    found = ", ".join(text for text, applies in obstacles.items() if applies)
+    if found and settings.cuda_graphs == "on":
+        raise BadArgument(f"--cuda_graphs on records a step of one pass on one CUDA GPU, but {found}")
+    return settings.cuda_graphs != "off" and not found

@@ -22,9 +22,9 @@ class Start(NamedTuple):
 def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Start:
     """What `-a train` with these arguments starts from; `name` is -m's.
 
-    No `name`, or the name of a run itself: resumes at that run's latest.pth, or starts from random weights if there is
-    none. Another checkpoint: a run without checkpoints of its own (--run) resumes there. Exported weights, which have no
-    optimizer's state: a new training that takes from them nothing but the network and its settings.
+    - No `name`, or a run's: that run's latest.pth, where it resumes, or random weights if there is none.
+    - Another checkpoint: a run that has none of its own (--run) resumes there.
+    - Exported weights, which have no optimizer's state: a new training, with the network's settings alone.
     """
     settings = resolve(preset or "sdsen", overrides)
     if not preset and "run" not in overrides and (run := _run_named(name or "", Path(settings.model_dir))):

@@ -28,7 +28,7 @@ from base.images import write_image
 from dataset import CropDataset, data_path, list_pairs, read_whole
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from runs.curves import NoCurves, open_curves
+from runs.curves import Curves
 from runs.optimization import can_record, compile_network, in_steps, make_optimizer
 from runs.start import Start
 from runs.validation import validate
@@ -36,7 +36,7 @@ from settings import describe_settings
 
 
 class Training:
-    """A network in training: what its checkpoints hold, and the files of its run. Of several ranks, the first writes."""
+    """A network in training: what its checkpoints hold, and the files of its run, which rank 0 writes."""
 
     def __init__(self, start: Start):
         """Raises UserError where settings, data and checkpoint do not fit. Writes nothing yet."""
@@ -55,7 +55,7 @@ class Training:
         self.network.cuda_graphs = settings.cuda_graphs != "off"
         folder = data_path(settings)
         self.dataset = CropDataset(folder / "train", settings)
-        self.start, self.requested = start, settings  # with steps or epochs: what the checkpoints hold
+        self.start, self.requested = start, settings  # in epochs or steps: what the checkpoints hold
         self.settings = self.dataset.settings = settings = in_steps(settings, len(self.dataset.paths))
         self.criterion = losses.build(settings, self.dataset.labelled).to(self.device)
         self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer)
@@ -67,14 +67,12 @@ class Training:
         if start.checkpoint and start.checkpoint.optimizer is not None:
             self._resume(start.checkpoint, start.source)
         self.parallel = self._parallel()
-        self.val_folder, self.curves, self.lap, self.saved_at = folder / "val", NoCurves(), Lap(), time.monotonic()
+        self.val_folder, self.saved_at = folder / "val", time.monotonic()
         paths = list_pairs(self.val_folder)
         count = min(settings.val_images or len(paths), len(paths))
         self.validation = [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
         for path in self.validation:  # a damaged file is reported now, not in the middle of the training
             read_whole(path)
-
-    # ------------------------------------------------------------ checkpoints
 
     def _resume(self, checkpoint: Checkpoint, source: Path) -> None:
         self.step, self.best_psnr, self.seconds = checkpoint.step, checkpoint.best_psnr, checkpoint.seconds
@@ -119,16 +117,30 @@ class Training:
         """The file of this run's checkpoint `latest`, `best` or `step_N`."""
         return self.settings.model_path / f"{name}.pth"
 
-    def save(self, *names: str) -> None:
-        """Write the checkpoint under each name. Raises NotFinite where the weights are not finite, and keeps the old.
+    def next_crops(self, batches: Iterator) -> tuple[Tensor, ...]:
+        """The next batch on the device: O and B, (N, 3, H, W) in [0, 1], and labels (N, H, W) if there are any."""
+        started = time.monotonic()
+        O, B, *labels = (x.to(self.device, non_blocking=True) for x in next(batches))
+        O, B = O.float() / 255, B.float() / 255
+        self.waited += time.monotonic() - started
+        return O, B, *labels
 
-        A step may spoil the weights though its loss was finite.
-        """
-        modules = (self.network, self.criterion)
-        if not all(parameter.isfinite().all() for module in modules for parameter in module.parameters()):
-            raise self.not_finite(f"the weights are not finite after step {self.step}")
+    def count_step(self, result: dict[str, float]) -> None:
+        """Count a step and update the averaged weights. Raises NotFinite where the step's loss is not finite."""
+        if not np.isfinite(result["loss"]):
+            raise self._not_finite(f"the loss is {result['loss']} in step {self.step + 1}")
+        if self.averaged:
+            self.averaged.update_parameters(self.network)
+        self.step += 1
+        self.lap_steps += 1
+
+    # ---------------------------------------------------------------- checkpoints and validation
+
+    def save(self, *names: str) -> None:
+        """Write the checkpoint under each name. Raises NotFinite where the weights are not, and keeps the old ones."""
+        self._check_weights()
         self.saved_at = time.monotonic()
-        if not ranks.is_first() or not names:
+        if not ranks.is_first():
             return
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -148,19 +160,21 @@ class Training:
         for name in names:
             checkpoints.save(self.path(name), checkpoint)
 
-    def validate_and_save(self) -> None:
-        """Score the validation pairs, by the averaged weights if there are any, and write the checkpoints.
+    def save_after(self, minutes: float) -> None:
+        """Write `latest` where the last checkpoint is older than this."""
+        if time.monotonic() - self.saved_at > 60 * minutes:
+            self.save("latest")
 
-        `best` is written before `latest`, which knows its score: a kill between the two repeats this validation.
-        """
-        self.save()  # no file: checks the weights
+    def validate_and_save(self) -> None:
+        """Score the validation pairs, by the averaged weights if there are any, and write the checkpoints."""
+        self._check_weights()
         started = time.monotonic()
         network = self.averaged.module if self.averaged else self.network
         result, preview = validate(network, self.criterion, self.validation, self.device, self.settings)
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
-            names.insert(0, "best")
+            names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
         if ranks.is_first():
             self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
             self.curves.add_picture(self.step, "val/preview", preview)
@@ -170,47 +184,39 @@ class Training:
                 f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
                 f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.1f} s"
             )
-            self.save(*names)
-        self.saved_at = time.monotonic()
-        self.lap.started += self.saved_at - started  # validations don't count as training
+        self.save(*names)
+        self.lap_started += time.monotonic() - started  # validations don't count as training
 
-    # ------------------------------------------------------------ steps
+    def _check_weights(self) -> None:
+        """A step may spoil the weights though its loss is finite."""
+        modules = (self.network, self.criterion)
+        if not all(parameter.isfinite().all() for module in modules for parameter in module.parameters()):
+            raise self._not_finite(f"the weights are not finite after step {self.step}")
 
-    def next_crops(self, batches: Iterator) -> tuple[Tensor, ...]:
-        """The next batch on the device: O and B, (N, 3, H, W) in [0, 1], and labels (N, H, W) if there are any."""
-        started = time.monotonic()
-        O, B, *labels = (x.to(self.device, non_blocking=True) for x in next(batches))
-        O, B = O.float() / 255, B.float() / 255
-        self.lap.waited += time.monotonic() - started
-        return O, B, *labels
+    def _not_finite(self, what: str) -> NotFinite:
+        rate = self.optimizer.param_groups[0]["lr"]
+        return NotFinite(f"{what} at learning rate {rate:g}: lower --lr; {self._last_checkpoint()}")
 
-    def count_step(self, result: dict[str, float]) -> None:
-        """Count a step and update the averaged weights. Raises NotFinite where the step's loss is not finite."""
-        if not np.isfinite(result["loss"]):
-            raise self.not_finite(f"the loss is {result['loss']} in step {self.step + 1}")
-        if self.averaged:
-            self.averaged.update_parameters(self.network)
-        self.step += 1
-        self.lap.steps += 1
+    def _last_checkpoint(self) -> str:
+        latest = self.path("latest")
+        return f"last checkpoint: {latest}" if latest.is_file() else "this run has no checkpoint yet"
 
-    def minutes_since_save(self) -> float:
-        return (time.monotonic() - self.saved_at) / 60
-
-    # ------------------------------------------------------------ log and curves
+    # ---------------------------------------------------------------- log and curves
 
     @contextmanager
     def running(self) -> Iterator[tqdm]:
         """Within this, the run is locked, log and curves go to its folder, and there is a progress bar in a terminal.
 
-        What a full memory or a lost process raise becomes a UserError.
+        A full memory or a lost process becomes a UserError.
         """
         settings, terminal = self.settings, in_terminal()
         with ExitStack() as stack:
             if ranks.is_first():
-                stack.enter_context(self._log_file())
-                self.curves = open_curves(settings.log_path, self.step)
-                stack.callback(self.curves.close)
+                stack.enter_context(self._log_file(settings.log_path))
+            self.curves = Curves(settings.log_path if ranks.is_first() else None, self.step)
+            stack.callback(self.curves.close)
             self._log_start()
+            self._start_lap()
             self.network.train()
             compile_network(self.network, settings, self.device, settings.steps - self.step)
             bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
@@ -221,14 +227,17 @@ class Training:
             except RuntimeError as error:
                 if ranks.is_lost(error):
                     raise LostProcess(f"{ranks.ENDED}; {self._last_checkpoint()}") from None
-                if is_out_of_memory(error):
-                    raise self._out_of_memory() from None
-                raise
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(
+                    f"out of memory on {self.device} (batch_size {settings.batch_size}): try --accumulate "
+                    f"{2 * settings.accumulate} (same gradients, half the memory) or --checkpoint_activations true; "
+                    f"{self._last_checkpoint()}"
+                ) from None
 
     @contextmanager
-    def _log_file(self) -> Iterator[None]:
-        """Within this, the log goes to train.log as well, which is locked. Raises Occupied where it already is."""
-        folder = self.settings.log_path
+    def _log_file(self, folder: Path) -> Iterator[None]:
+        """Within this, the log also goes to train.log, which is locked. Raises Occupied where it is locked already."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(folder / "train.log")
@@ -252,7 +261,7 @@ class Training:
             log.info("changed since the checkpoint: " + ", ".join(start.changes))
         if start.checkpoint:
             resumes = start.checkpoint.optimizer is not None
-            log.info(f"resumes at step {self.step} of {start.source}" if resumes else f"weights from {start.source}")
+            log.info(f"resumes at step {self.step} of {start.source}" if resumes else f"weights of {start.source}")
         log.info(f"validation on {len(self.validation)} pairs of {self.val_folder}, the same ones every time")
         half = compute_dtype(settings.precision, self.device, training=True) != torch.float32
         log.info(
@@ -265,54 +274,34 @@ class Training:
                 f"{len(ranks.part(settings.batch_size))} here; learning rate {settings.lr:g}, as for one process"
             )
 
+    def _start_lap(self) -> None:
+        """From one line of the log to the next: steps, and seconds spent waiting for crops."""
+        self.lap_started, self.lap_steps, self.waited = time.monotonic(), 0, 0.0
+
     def log_step(self, result: dict[str, float], rate: float) -> dict[str, str]:
-        """Log the results of a scored step, and the speed since the last one; returns what the progress bar shows."""
-        lap, self.lap = self.lap, Lap()
-        seconds = time.monotonic() - lap.started
-        speed = lap.steps * self.settings.batch_size / seconds
+        """Log a scored step, and the speed since the last one; returns what the progress bar shows."""
+        settings, seconds = self.settings, time.monotonic() - self.lap_started
+        speed, wait_share = self.lap_steps * settings.batch_size / seconds, self.waited / seconds
+        left = timedelta(seconds=round((settings.steps - self.step) * seconds / self.lap_steps))
         psnr = result[f"stage_{self.network.output_num}/psnr"]
+        values = {**result, "lr": rate, "images_per_second": speed, "wait_share": wait_share}
+        self.curves.add(self.step, {f"train/{name}": value for name, value in values.items()})
         if ranks.is_first():
-            result = {**result, "lr": rate, "images_per_second": speed, "wait_share": lap.waited / seconds}
-            self.curves.add(self.step, {f"train/{name}": value for name, value in result.items()})
-            left = timedelta(seconds=round((self.settings.steps - self.step) * seconds / lap.steps))
             log.info(
-                f"step {self.step}/{self.settings.steps}  loss {result['loss']:.6f}  psnr {psnr:.2f} dB  "
-                f"lr {rate:g}  {speed:.1f} images/s  waiting for data {lap.waited / seconds:.1%}  left {left}"
+                f"step {self.step}/{settings.steps}  loss {result['loss']:.6f}  psnr {psnr:.2f} dB  lr {rate:g}  "
+                f"{speed:.1f} images/s  waiting for data {wait_share:.1%}  left {left}"
             )
+        self._start_lap()
         return {"loss": f"{result['loss']:.5f}", "psnr": f"{psnr:.2f}"}
 
     def log_end(self) -> None:
         """Say where the checkpoint is, and what to do next."""
+        run, latest, best = self.settings.run, self.path("latest"), self.path("best")
         if self.step < self.settings.steps:
-            log.info(f"stopped at step {self.step}; the same command resumes from {self.path('latest')}")
+            log.info(f"stopped at step {self.step}; the same command resumes from {latest}")
             return
-        more = f"more training: the same command with a larger --{'epochs' if self.requested.epochs else 'steps'}"
-        best = self.path("best") if self.path("best").is_file() else self.path("latest")
+        more = "epochs" if self.requested.epochs else "steps"
         log.info(
-            f"step {self.step} of {self.settings.steps} is done: {best}; test it: -a test -m {best.parent}; {more}"
+            f"run {run} has had its {self.settings.steps} steps: {best if best.is_file() else latest}; "
+            f"test it with -a test -m {run}, train on with --{more}"
         )
-
-    # ------------------------------------------------------------ errors
-
-    def not_finite(self, what: str) -> NotFinite:
-        rate = self.optimizer.param_groups[0]["lr"]
-        return NotFinite(f"{what} at learning rate {rate:g}: lower --lr; {self._last_checkpoint()}")
-
-    def _out_of_memory(self) -> OutOfMemory:
-        settings = self.settings
-        return OutOfMemory(
-            f"out of memory on {self.device} (batch_size {settings.batch_size}): try --accumulate "
-            f"{2 * settings.accumulate} (same gradients, half the memory) or --checkpoint_activations true; "
-            f"{self._last_checkpoint()}"
-        )
-
-    def _last_checkpoint(self) -> str:
-        latest = self.path("latest")
-        return f"last checkpoint: {latest}" if latest.is_file() else "this run has no checkpoint yet"
-
-
-class Lap:
-    """Since the last line of the log: steps, and seconds spent waiting for crops."""
-
-    def __init__(self):
-        self.started, self.steps, self.waited = time.monotonic(), 0, 0.0
