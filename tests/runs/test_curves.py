@@ -15,9 +15,10 @@ def test_full_disk_is_one_error(tmp_path, monkeypatch):
     points = Curves(tmp_path, 0)
     points.add(1, {"a": 1.0})
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    monkeypatch.setattr(points.writer, "_writer", open("/dev/full", "wb"))
-    with pytest.raises(NotWritable):
-        points.add(2, {"a": 1.0, "b": 2.0})
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(points.writer, "_writer", full)
+        with pytest.raises(NotWritable):
+            points.add(2, {"a": 1.0, "b": 2.0})
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == size
 
 

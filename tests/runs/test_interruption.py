@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGKILL: the step is finished, the checkpoint saved, no process is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from base.errors import Occupied
 from base.files import ROOT
 from commands import LONG, SMALL, call, read, same_state
+
+pytestmark = pytest.mark.slow  # processes, whose imports take seconds
 
 
 def start_long_run(places, *words):
@@ -19,7 +23,7 @@ def start_long_run(places, *words):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(folder, pattern, seconds=60):
+def wait_for(folder, pattern, seconds=120):
     end = time.monotonic() + seconds
     while not any(folder.glob(pattern)):
         assert time.monotonic() < end, f"{folder / pattern} was not written"
@@ -62,7 +66,7 @@ def training_with_workers(places, folder, method, *words, first=""):
 
 def rest_of_output(process):
     """What a group prints on stdout and stderr. These end with the last of its processes: a left-over one times out."""
-    return process.communicate(timeout=60)
+    return process.communicate(timeout=120)
 
 
 needs_groups = pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are POSIX's")
@@ -87,7 +91,6 @@ def test_interrupt_of_the_process_group_saves_with_workers(places, tmp_path, met
     assert process.returncode == 0, output + errors
     assert "Traceback" not in errors
     step = read(tmp_path, "latest").step
-    assert re.findall(r"stopped at step (\d+)", output) == [str(step)]
     call("-a", "train", *places, "--num_workers", 0, "--steps", step + 1)
     assert read(tmp_path, "latest").step == step + 1
 
@@ -114,21 +117,21 @@ def test_workers_do_not_keep_a_training_from_ending_by_an_error(places, tmp_path
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_finishes_the_step_and_saves(places, tmp_path, name):
+    """The checkpoint is that of the last step in the log."""
     process = start_long_run(places)
     wait_for(tmp_path / "model_dir", "sdsen/latest.pth")
     process.send_signal(name)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    step = read(tmp_path, "latest").step
-    assert f"stopped at step {step}; the same command goes on" in output
-    assert output.rstrip().splitlines()[-2].startswith(f"step {step}/100000") or step % 20 == 0
+    logged = re.findall(r"^step (\d+)/100000 ", output, re.MULTILINE)
+    assert read(tmp_path, "latest").step == int(logged[-1])
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(places, tmp_path):
     process = start_long_run(places)
     try:
         wait_for(tmp_path / "model_dir", "sdsen/latest.pth")
-        with pytest.raises(UserError, match="run sdsen is in training already, by another process"):
+        with pytest.raises(Occupied):
             call("-a", "train", *places)
         call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--run", "other")
     finally:
@@ -139,7 +142,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(places, tmp_path):
     assert read(tmp_path, "latest").step == step + 1
 
 
-def test_kill_leaves_the_last_good_checkpoint_and_the_steps_go_on(places, tmp_path):
+def test_a_kill_leaves_the_last_checkpoint_and_the_steps_go_on_from_it(places, tmp_path):
     process = start_long_run(places, "--save_minutes", 0)  # writes a checkpoint in every step
     wait_for(tmp_path / "model_dir", "sdsen/step_20.pth")
     process.kill()
@@ -147,11 +150,8 @@ def test_kill_leaves_the_last_good_checkpoint_and_the_steps_go_on(places, tmp_pa
     step = read(tmp_path, "latest").step
     assert step >= 20
     call("-a", "train", *places, "--steps", step + 3)
-    steps = [
-        int(line.split()[3].split("/")[0])
-        for line in (tmp_path / "log_dir" / "sdsen" / "train.log").read_text().splitlines()
-        if line.split()[2] == "step"
-    ]
+    log = (tmp_path / "log_dir" / "sdsen" / "train.log").read_text()
+    steps = [int(word) for word in re.findall(r" step (\d+)/", log)]
     assert steps[-3:] == [step + 1, step + 2, step + 3]
     call("-a", "train", *SMALL, *places, "--run", "unbroken", "--steps", step + 3, "--save_steps", 1000)
     assert same_state(read(tmp_path, "latest"), read(tmp_path, "latest", "unbroken"))

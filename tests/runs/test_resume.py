@@ -6,10 +6,13 @@ import cv2
 import pytest
 import torch
 
-import main
+import model
+from base.errors import Mismatch
 from commands import LONG, OTHERS, SMALL, TINY, call, files, read, same_state, scalars
 from conftest import make_pair
-from runs import checkpoints
+from runs import checkpoints, training
+from runs.restore import open_network
+from runs.start import choose_start
 from settings import resolve
 
 
@@ -23,7 +26,7 @@ def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path, optimizer
     assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "step_2", "unbroken"))
 
 
-def test_drawn_rain_resumes_too(places, tmp_path):
+def test_synthetic_rain_resumes_too(places, tmp_path):
     words = ["-a", "train", *SMALL, *LONG, *places, "--rain", "rain100h", "--clean_dir", clean_images(tmp_path)]
     call(*words, "--run", "broken", "--steps", 2)
     call("-a", "train", *places, "--run", "broken", "--steps", 4)
@@ -33,15 +36,37 @@ def test_drawn_rain_resumes_too(places, tmp_path):
     assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "stored"))
 
 
-def test_other_rain_than_in_the_checkpoint_is_told(places, tmp_path, capsys):
+def test_changes_since_the_checkpoint_are_listed(places, tmp_path):
     clean_dir = clean_images(tmp_path)
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    overrides = {"model_dir": str(tmp_path / "model_dir"), "rain": "rain800", "clean_dir": str(clean_dir)}
+    start = choose_start(None, None, overrides)
+    assert [change.split()[0] for change in start.changes] == ["rain", "clean_dir"]
+    assert (start.settings.rain, start.settings.clean_dir, start.checkpoint.step) == ("rain800", str(clean_dir), 1)
     call("-a", "train", *places, "--rain", "rain800", "--clean_dir", clean_dir, "--steps", 2)
-    out = capsys.readouterr().out
-    assert "other than in the checkpoint: rain '' is now 'rain800', " in out
-    assert f"clean_dir '' is now '{clean_dir}'" in out
-    assert f"2 clean images, rain800 rain drawn on their crops, from {clean_dir}, 2 of them kept in memory" in out
     assert read(tmp_path, "latest").settings.clean_dir == str(clean_dir)
+
+
+def test_a_resume_restores_random_state_best_score_and_seconds(places, tmp_path, monkeypatch):
+    """The best score is kept, as the next validation is worse."""
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    state, generator = read(tmp_path, "latest"), torch.Generator().manual_seed(12345)
+    state.random["cpu"], state.best_psnr, state.seconds = generator.get_state(), 99.0, 1000.0
+    checkpoints.save(tmp_path / "model_dir" / "sdsen" / "latest.pth", state)
+    validate, numbers = training.validate, []
+
+    def validate_and_draw(*arguments):
+        numbers.append(torch.rand(1).item())
+        return validate(*arguments)
+
+    monkeypatch.setattr(training, "validate", validate_and_draw)
+    call("-a", "train", *places, "--steps", 2)
+    assert numbers == [torch.rand(1, generator=generator).item()]
+    resumed = read(tmp_path, "latest")
+    assert torch.equal(resumed.random["cpu"], generator.get_state())
+    assert resumed.best_psnr == 99
+    assert 1000 < resumed.seconds < 1500
+    assert read(tmp_path, "best").step == 1
 
 
 def clean_images(tmp_path):
@@ -74,14 +99,14 @@ def test_other_networks_resume_bit_for_bit(places, tmp_path, label_dir, name, la
     assert not same_state(half, unbroken)
 
 
-def test_a_training_with_labels_does_not_go_on_without_them(places, tmp_path, label_dir):
+def test_a_training_with_labels_does_not_resume_without_them(places, tmp_path, label_dir):
     call("-a", "train", *OTHERS["php"], *TINY, *LONG, *places, "--steps", 1)
     before = files(tmp_path / "model_dir")
     shutil.rmtree(label_dir)
-    with pytest.raises(UserError, match="was trained with labels, which is another loss"):
+    with pytest.raises(Mismatch):
         call("-a", "train", *places, "-p", "php", "--epochs", 0, "--milestones", 3, "--steps", 2)
     assert files(tmp_path / "model_dir") == before
-    # Its weights alone are enough to begin another one.
+    # A new training starts from the exported weights.
     call("-a", "export", "-m", "php/latest", *places[:2], "--run", "alone")
     alone = checkpoints.load(tmp_path / "model_dir" / "alone.pth")
     assert (alone.criterion, alone.optimizer, alone.settings.network) == (None, None, "php")
@@ -99,12 +124,12 @@ def test_run_with_averaged_weights_resumes_and_they_are_tested(places, tmp_path)
     assert same_state(a, b)
     assert all(torch.equal(a.average[name], b.average[name]) for name in a.average)
     assert any(not torch.equal(a.average[name], a.network[name]) for name in a.average)
-    opened, settings, *_ = main.open_network(None, "unbroken/latest", {"model_dir": str(tmp_path / "model_dir")})
+    opened, settings, *_ = open_network(None, "unbroken/latest", {"model_dir": str(tmp_path / "model_dir")})
     assert settings.stage_num == opened.stage_num == 4
     assert all(torch.equal(tensor, b.average[name]) for name, tensor in opened.state_dict().items())
 
 
-def test_a_training_of_a_gpu_goes_on_here(places, tmp_path):
+def test_a_training_of_a_gpu_resumes_here(places, tmp_path):
     """A CUDA GPU's Adam is fused, which the checkpoint's state of the optimiser says."""
     words = ["-a", "train", *SMALL, *LONG, *places]
     call(*words, "--run", "unbroken", "--steps", 4)
@@ -119,8 +144,8 @@ def test_a_training_of_a_gpu_goes_on_here(places, tmp_path):
     assert not read(tmp_path, "latest", "broken").optimizer["param_groups"][0]["fused"]
 
 
-def test_published_checkpoint_goes_on(places, tmp_path):
-    network = main.model.build(resolve("sdsen", {"channel": 2, "depth": 4}))
+def test_a_published_checkpoint_resumes(places, tmp_path):
+    network = model.build(resolve("sdsen", {"channel": 2, "depth": 4}))
     optimizer = torch.optim.Adam(network.parameters())
     network(torch.rand(1, 3, 8, 8), 1)[0].sum().backward()
     optimizer.step()
@@ -133,15 +158,13 @@ def test_published_checkpoint_goes_on(places, tmp_path):
     assert read(tmp_path, "latest").optimizer["state"][0]["step"] == 3
 
 
-def test_a_run_of_one_epoch_ends_behind_it_and_goes_on_for_more(places, tmp_path, capsys):
+def test_a_run_of_one_epoch_ends_after_it_and_resumes_for_more(places, tmp_path):
     """Five images, two a step."""
     words = ["-a", "train", "-p", "php_acc", *TINY, *LONG, *places, "--milestones", 1]
     call(*words, "--epochs", 1)
     first = read(tmp_path, "latest", "php_acc")
     assert (first.step, first.settings.epochs, first.settings.milestones) == (3, 1, (1,))
-    capsys.readouterr()
     call("-a", "train", "-p", "php_acc", *places, "--epochs", 1, "--milestones", 1)
-    assert "run php_acc has had its 3 steps; more with --epochs" in capsys.readouterr().out
     assert same_state(read(tmp_path, "latest", "php_acc"), first)
     call("-a", "train", "-p", "php_acc", *places, "--epochs", 2, "--milestones", 1)
     assert read(tmp_path, "latest", "php_acc").step == 6
@@ -149,14 +172,14 @@ def test_a_run_of_one_epoch_ends_behind_it_and_goes_on_for_more(places, tmp_path
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3)
 
 
-def test_training_from_anothers_weights_needs_a_run_of_its_own(places, tmp_path):
+def test_training_from_another_runs_weights_needs_a_run_of_its_own(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     call("-a", "train", *places, "-m", "sdsen/step_1", "--run", "second", "--steps", 2)
     assert read(tmp_path, "latest", "second").step == 2
     assert read(tmp_path, "latest").step == 1
 
 
-def test_a_run_that_is_named_as_checkpoint_goes_on_in_its_place(places, tmp_path):
+def test_a_run_that_is_named_as_checkpoint_resumes_in_its_place(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--run", "mine", "--steps", 1)
     call("-a", "train", *places, "-m", "mine", "--steps", 2)
     call("-a", "train", *places, "-m", "mine/latest", "--steps", 3)
@@ -164,10 +187,10 @@ def test_a_run_that_is_named_as_checkpoint_goes_on_in_its_place(places, tmp_path
     assert not (tmp_path / "model_dir" / "sdsen").exists()
 
 
-def test_stages_can_be_added_but_not_unasked(places, tmp_path):
+def test_stages_are_added_by_stage_num_alone(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     old = read(tmp_path, "latest")
-    with pytest.raises(UserError, match="was trained with stage_num 2, not 4: name another run with --run, or say"):
+    with pytest.raises(Mismatch, match="stage_num"):
         call("-a", "train", "-p", "sdsen_s4", *SMALL[:-4], *places, "--run", "sdsen", "--steps", 2)
     call("-a", "train", *places, "-m", "sdsen/latest", "--run", "grown", "--stage_num", 4, "--steps", 2)
     new = read(tmp_path, "latest", "grown")
