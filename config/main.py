@@ -98,7 +98,9 @@ def train_step(
     ranks.average_gradients(criterion)
     clip_gradients(settings, network, criterion)
     optimizer.step()
-    return {"loss": total, **dict(zip(scores, ranks.total(list(scores.values())), strict=True))}
+    if scored:
+        scores = dict(zip(scores, ranks.total(list(scores.values())), strict=True))
+    return {"loss": total, **scores}
 
 
 def record_step(

@@ -345,7 +345,7 @@ def test_sigterm_ends_all_behind_the_same_step(folder):
         output, _ = process.communicate(timeout=60)
     step = read(folder, "stopped").step
     assert re.findall(r"stopped at step (\d+)", output) == [str(step)]
-    assert f"the same command goes on from {folder / 'models' / 'stopped' / 'latest.pth'}" in output
+    assert str(folder / "models" / "stopped" / "latest.pth") in output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where the list of processes lies is Linux's")
@@ -357,7 +357,7 @@ def test_a_killed_process_ends_the_others(folder):
         output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     (line,) = (line for line in output.splitlines() if "error: another process of this run has ended" in line)
-    assert line.endswith(f"the last good checkpoint is {latest}, and the same command goes on from it")
+    assert str(latest) in line
     step = read(folder, "killed").step
     alone(folder, "killed", "--steps", step + 2)
     assert read(folder, "killed").step == step + 2
@@ -423,7 +423,7 @@ def test_images_and_page_are_those_of_one_process(folder, trained, split):
         paths = sorted(path for path in where.rglob("*") if path.is_file())
         found[count] = {path.relative_to(where): path.read_bytes() for path in paths}
         page = found[count][Path("index.html")]
-        found[count][Path("index.html")], seconds = re.subn(rb"[\d.]+ s an image", b"", page)
+        found[count][Path("index.html")], seconds = re.subn(rb"[\d.]+ s per image", b"", page)
         assert seconds == 1
     assert found["two"] == found["one"]
     assert sum(path.parts[0] == "two" for path in found["two"]) == (3 * 3 if split == "images" else 2 * 3)
