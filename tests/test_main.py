@@ -132,8 +132,10 @@ def test_validation_scores_are_those_of_test(places, tmp_path):
             assert curves[f"val/stage_{stage}/{metric}"][-1][1] == pytest.approx(mean, abs=1e-4)
 
 
-def test_test_scores_the_image_that_would_be_saved(places, tmp_path):
-    """A network that predicts no rain: its scores are the input's."""
+def test_test_scores_the_image_that_would_be_saved(places, tmp_path, monkeypatch):
+    """A network that predicts no rain: its scores are the input's, and there is a warning."""
+    warnings = []
+    monkeypatch.setattr(main.log, "warning", warnings.append)
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     state = read(tmp_path, "latest")
     state.network["dec.3.weight"].zero_()
@@ -147,6 +149,7 @@ def test_test_scores_the_image_that_would_be_saved(places, tmp_path):
     assert float(row["psnr_stage_2"]) == float(row["psnr_input"])
     assert float(row["psnr_stage_2"]) > 0
     assert float(row["change"]) == 0
+    assert len(warnings) == 1
 
 
 def test_float16_is_for_tests(places, tmp_path):
