@@ -197,7 +197,7 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
                 continue
             result = write_result(item, path, folder, stem, written)
             entry = gallery.entry(number, item, path, f"{folder.name}/{result}")
-            results.append((replace(item, image=None, stages=[], ground_truth=None), entry))  # without the pixels
+            results.append((replace(item, image=np.empty(0), stages=[], ground_truth=None), entry))  # without pixels
     results = [both for both in ranks.gather(results) if both is not None]
     if not ranks.is_first():
         return 0

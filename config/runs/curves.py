@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class Curves:
 
     def __init__(self, folder: Path | None, step: int):
         """`step` is where training resumes; TensorBoard drops later points, which a killed process wrote."""
-        self.folder, self.writer = folder, None
+        self.folder = folder
+        self.writer: Any = None
         if folder and Event is None:
             log.warning("tensorboardX is not installed: no curves are written, only the log")
         if not folder or Event is None:

@@ -30,7 +30,7 @@ SMALL = 128 * 128  # pixels; a preview up to this size is a PNG, a larger one a 
 class Restored:
     """One image before and after, in cv2's order."""
 
-    image: np.ndarray | None  # (H, W), (H, W, 3) or (H, W, 4), uint8 or uint16
+    image: np.ndarray  # (H, W), (H, W, 3) or (H, W, 4), uint8 or uint16
     stages: list[np.ndarray]  # the restored image after each stage, of the shape and type of `image`
     ground_truth: np.ndarray | None  # (H, W, 3) uint8, if there is one
     scores: list[dict[str, float]]  # of the input, then after each stage; empty without ground truth
@@ -80,7 +80,7 @@ class Gallery:
         scores = [[_finite(row["psnr"]), _finite(row["ssim"])] for row in item.scores]
         views = []
         for index, (label, picture) in enumerate(pictures.items()):
-            view = {"label": label, "url": self._preview(f"{number}_{index}", picture, LARGEST)}
+            view: dict[str, Any] = {"label": label, "url": self._preview(f"{number}_{index}", picture, LARGEST)}
             if index < len(scores):  # the input and the stages come first
                 view["scores"] = scores[index]
             views.append(view)
@@ -123,7 +123,7 @@ class Gallery:
         suffix, options = (".png", []) if small else (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 90])
         path = self.folder / f"{name}{suffix}"
         try:
-            path.write_bytes(cv2.imencode(suffix, picture, options)[1])
+            path.write_bytes(cv2.imencode(suffix, picture, options)[1].tobytes())
         except OSError as error:
             raise NotWritable(f"{path} can't be written: {error.strerror}") from None
         return path.relative_to(self.show_dir).as_posix()

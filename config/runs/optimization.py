@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
 import cal_ssim
@@ -53,8 +54,9 @@ def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.o
         raise MissingFile("optimizer soap needs a package: pip install -r requirements-soap.txt") from None
     large = [parameter for parameter in parameters if parameter.numel() > LARGEST_SIDE]
     small = [parameter for parameter in parameters if parameter.numel() <= LARGEST_SIDE]  # nothing left to merge
+    groups: list[dict[str, Any]] = [{"params": large, "merge_dims": True}, {"params": small}]
     return SOAP(
-        [{"params": large, "merge_dims": True}, {"params": small}],
+        groups,
         lr=lr,
         betas=(0.95, 0.99),
         shampoo_beta=0.98,
@@ -86,7 +88,7 @@ def split_batch(settings: Settings, *batch: Tensor) -> list[tuple[Tensor, ...]]:
 
 def synchronized(network: nn.Module, is_last: bool) -> AbstractContextManager:
     """Within this, DistributedDataParallel averages gradients over the ranks if this part of the batch is the last."""
-    return nullcontext() if is_last or ranks.count() == 1 else network.no_sync()
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not is_last else nullcontext()
 
 
 def clip_gradients(settings: Settings, *modules: nn.Module) -> None:

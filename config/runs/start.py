@@ -33,11 +33,12 @@ def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]
     source, checkpoint = ranks.from_first(lambda: _find(settings, latest, name))
     if checkpoint is None or checkpoint.settings is None:  # none, or the published code's, which holds no settings
         return Start(settings, checkpoint, source, [])
-    old = _settings_to_start_from(checkpoint, preset)
+    resumes = checkpoint.optimizer is not None
+    old = checkpoint.settings if resumes else _network_alone(checkpoint.settings, preset)
     settings = override(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
     requested = resolve(preset, overrides) if preset else settings
     _refuse_other_network(source, old, requested, overrides)
-    if checkpoint.optimizer is not None and settings.optimizer != old.optimizer:
+    if resumes and settings.optimizer != old.optimizer:
         raise Mismatch(
             f"{source} holds the state of {old.optimizer}, not of {settings.optimizer}: "
             "export it with -a export and start from these weights"
@@ -63,11 +64,9 @@ def _find(settings: Settings, latest: Path, name: str | None) -> tuple[Path, Che
     return source, checkpoints.load(source) if source.is_file() else None
 
 
-def _settings_to_start_from(checkpoint: Checkpoint, preset: str | None) -> Settings:
-    """The checkpoint's settings; of exported weights the network's alone."""
-    if checkpoint.optimizer is not None:
-        return checkpoint.settings
-    network = {field: getattr(checkpoint.settings, field) for field in NETWORK_FIELDS}
+def _network_alone(trained: Settings, preset: str | None) -> Settings:
+    """The preset's settings, with the network of exported weights."""
+    network = {field: getattr(trained, field) for field in NETWORK_FIELDS}
     return override(resolve(preset or "sdsen"), network)
 
 

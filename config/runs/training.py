@@ -63,7 +63,8 @@ class Training:
         self.averaged = None
         if settings.average:
             self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
-        self.step, self.best_psnr, self.seconds, self.started = 0, None, 0.0, time.monotonic()
+        self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
+        self.best_psnr: float | None = None
         if start.checkpoint and start.checkpoint.optimizer is not None:
             self._resume(start.checkpoint, start.source)
         self.parallel = self._parallel()
@@ -80,7 +81,7 @@ class Training:
             was = "with" if checkpoint.criterion else "without"
             raise Mismatch(f"{source} was trained {was} labels, which is another loss: name another run with --run")
         if "fused" in self.optimizer.defaults:  # the device may be another one than the checkpoint's
-            for group in checkpoint.optimizer.get("param_groups", []):
+            for group in (checkpoint.optimizer or {}).get("param_groups", []):
                 group["fused"] = self.optimizer.defaults["fused"]
         try:
             if checkpoint.optimizer:
@@ -175,11 +176,11 @@ class Training:
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
             names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
-        if ranks.is_first():
+        if ranks.is_first() and preview is not None:  # rank 0 has a pair
             self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
             self.curves.add_picture(self.step, "val/preview", preview)
             write_image(self.settings.log_path / "preview.png", preview)
-            stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, network.output_num + 1))
+            stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
             log.info(  # paper/tables.py reads this line
                 f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
                 f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.1f} s"
@@ -246,7 +247,7 @@ class Training:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
         try:
-            if not lock(handler.stream):
+            if not lock(handler.stream):  # type: ignore[arg-type]
                 raise Occupied(f"another process trains run {self.settings.run} ({folder})")
             write_bytes(folder / "settings.json", json.dumps(asdict(self.requested), indent=2).encode())
             yield
