@@ -50,16 +50,15 @@ from base.devices import autocast, pick_device
 from base.errors import UserError
 from base.files import ROOT
 from base.images import write_image
-from dataset import CropDataset
-from datasets.loader import training_batches
+from dataset import CropDataset, training_batches
 from fast import graphs, native
-from main import make_optimizer, record_step, recording_obstacles, train_step
+from main import record_step, train_step
+from rain import STYLES, add_rain
 from runs import checkpoints
-from runs import restore as evaluate
 from runs.checkpoints import Checkpoint
+from runs.optimization import can_record, make_optimizer
+from runs.restore import Restoring, restore
 from settings import Settings, override, resolve
-from synthesis.streaks import add_rain
-from synthesis.styles import STYLES
 from timing import LEAST, Numbers, alternate, first_call, summary
 
 SIDES = ("reference", "product")
@@ -128,7 +127,7 @@ def make_inference(side: str, settings: Settings, device: torch.device, height: 
     O = torch.rand(3, height, width, generator=rng).to(device)
     if side == "product":
         network = _replayed(network.to(device).eval(), device)
-        return lambda: list(evaluate.restore(network, O, precision=settings.precision))
+        return lambda: list(restore(network, O, Restoring(precision=settings.precision)))
     plain = reference.build(settings, network.state_dict()).to(device).eval()
     return lambda: reference.restore(plain, O)
 
@@ -180,7 +179,7 @@ def make_training(
         optimizer = make_optimizer(network, settings.lr)
         if fused is not None:
             optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, fused=fused)
-        records = settings.cuda_graphs != "off" and not recording_obstacles(settings, device)
+        records = can_record(settings, device)
         # In the first step, as in a training.
         recorded = cache(lambda: record_step(network, losses.build(settings), settings, O, B) if records else None)
         return lambda: train_step(network, optimizer, O, B, settings, scored=False, recorded=recorded())["loss"]

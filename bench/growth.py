@@ -24,13 +24,13 @@ def measure(width: int, height: int, stage_num: int, memory_gib: float) -> dict[
     import torch
 
     import model
-    from runs import restore as evaluate
+    from runs.restore import Restoring, restore
 
     torch.manual_seed(0)
     network = model.build("sdsen").eval()
     O = torch.rand(3, height, width)
     started = time.perf_counter()
-    for _ in evaluate.restore(network, O, stage_num, memory_gib):
+    for _ in restore(network, O, Restoring(memory_gib), stage_num):
         pass
     seconds = time.perf_counter() - started
     unit = 1 if sys.platform == "darwin" else 1024

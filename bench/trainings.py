@@ -133,7 +133,7 @@ def compare_outputs(
     from base.devices import pick_device
     from cal_ssim import psnr
     from dataset import data_path, list_pairs, read_whole
-    from runs.restore import open_network, restore
+    from runs.restore import Restoring, open_network, restore
 
     network, settings, _, _ = open_network(None, name, {**overrides, "precision": precision})
     device = pick_device(settings.device)
@@ -141,7 +141,7 @@ def compare_outputs(
     for path in list_pairs(data_path(settings) / "test")[:images]:
         O, B = (x.to(device).float() / 255 for x in read_whole(path))
         with torch.inference_mode():
-            plain, half = (list(restore(network, O, precision=p))[-1] for p in ("float32", precision))
+            plain, half = (list(restore(network, O, Restoring(precision=p)))[-1] for p in ("float32", precision))
         difference = 255 * (half - plain).abs().flatten()
         rows.append(
             {

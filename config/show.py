@@ -3,18 +3,18 @@
     python show.py -m dsen_rain800                    # the test set of the checkpoint's data set, with scores
     python show.py -m dsen_rain800 -i photo.jpg DIR   # your own images
 
-A result lies in `showdir/RUN/` under its input's name, in its input's format: grey, alpha and 16 bits come back. JPEG
-and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, is about the last call, of
-whichever run. `python show.py -h` lists every setting.
+Results are written to `showdir/RUN/` under the input's name and in the input's format: grey, alpha and 16 bits are
+kept. JPEG and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, shows the last
+call's images. `python show.py -h` lists the settings.
 """
 
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +25,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from base import ranks
 from base.console import in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
-from base.errors import UserError
+from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
 from base.files import ROOT
 from base.images import SUFFIXES, list_images, read_image, read_pair, write_image
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
 from runs.gallery import Gallery, Restored
-from runs.restore import NEARLY_INPUT, how_to_restore, open_network, restore
+from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
 from settings import Settings, make_parser, read_overrides
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
-Item = TypeVar("Item")
-
-# ---------------------------------------------------------------- one image
 
 
 def to_network(image: np.ndarray) -> Tensor:
-    """(H, W), (H, W, 3) or (H, W, 4), uint8 or uint16 -> (3, H, W) float32 in [0, 1]; grey thrice, alpha left out."""
+    """(H, W), (H, W, 3) or (H, W, 4), uint8 or uint16 -> (3, H, W) float32 in [0, 1]; alpha is left out."""
     colour = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image[..., :3]
     samples = np.ascontiguousarray(colour.transpose(2, 0, 1), np.float32)
     return torch.from_numpy(samples) / np.iinfo(image.dtype).max
@@ -57,30 +54,31 @@ def from_network(restored: Tensor, image: np.ndarray) -> np.ndarray:
     return samples[..., 0] if image.ndim == 2 else np.concatenate([samples, image[..., 3:]], 2)
 
 
-def derain(network: nn.Module, path: Path, paired: bool, device: torch.device, stage_num: int, *how) -> Restored:
-    """Read an image, or the rainy half of a joined pair, and restore it. Raises UserError where this file can't be.
+def derain(
+    network: nn.Module, path: Path, paired: bool, device: torch.device, how: Restoring, stage_num: int
+) -> Restored:
+    """Read an image, or the rainy half of a joined pair (`paired`), and restore it by the first `stage_num` stages.
 
-    `stage_num` and `how` as `restore` takes them.
+    Raises UserError where the file is damaged or too large.
     """
-    truth, image = read_pair(path) if paired else (None, read_image(path))
+    ground_truth, image = read_pair(path) if paired else (None, read_image(path))
     started = time.perf_counter()
     try:
         O = to_network(image).to(device)
         stages = []
-        for B in restore(network, O, stage_num, *how):
-            stages.append(from_network(B, image))
-        change = torch.sub(B, O, out=B).abs_().mean().item() * 255
+        for restored in restore(network, O, how, stage_num):
+            stages.append(from_network(restored, image))
+        change = torch.sub(restored, O, out=restored).abs_().mean().item() * 255
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         size = f"{image.shape[1]}x{image.shape[0]}"
-        raise UserError(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
+        raise OutOfMemory(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
     seconds = time.perf_counter() - started
-    rows = [] if truth is None else [scores(to_tensor(x).to(device), to_tensor(truth)) for x in (image, *stages)]
-    return Restored(image, stages, truth, rows, change, seconds)
-
-
-# ---------------------------------------------------------------- files
+    rows = []
+    if paired:
+        rows = [scores(to_tensor(x).to(device), to_tensor(ground_truth)) for x in (image, *stages)]
+    return Restored(image, stages, ground_truth, rows, change, seconds)
 
 
 def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
@@ -88,41 +86,41 @@ def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
     if given is None:
         folder = data_path(settings) / "test"
         if not folder.is_dir():
-            raise UserError(f"{folder}, the checkpoint's test set, is missing: name --data_dir, or images with -i")
+            raise MissingFile(f"{folder}, the checkpoint's test set, is missing: name --data_dir, or images with -i")
         return list_pairs(folder)
-    paths: dict[Path, Path] = {}  # by the real place, so that an image that is named twice is restored once
+    paths: dict[Path, Path] = {}  # by the resolved path, so that an image that is named twice is restored once
     for path in (Path(word).expanduser() for word in given):
         if not path.exists():
-            raise UserError(f"{path} is missing: -i takes image files and folders")
+            raise MissingFile(f"{path} is missing: -i takes image files and folders")
         files = list_images(path) if path.is_dir() else [path]
         if not files:
-            raise UserError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise MissingFile(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
         for file in files:
             paths.setdefault(file.resolve(), file)
     return list(paths.values())
 
 
 def refuse_to_overwrite(paths: list[Path], folders: list[Path]) -> None:
-    """Raise UserError where an input lies in a folder that this call writes to."""
+    """Raise Occupied where an input is in a folder that this call writes to."""
     written = {folder.resolve() for folder in folders}
     for path in paths:
         if {path.parent.resolve(), path.resolve().parent} & written:
-            raise UserError(f"{path} lies where results are written: name another folder with --show_dir")
+            raise Occupied(f"{path} is in a folder that results are written to: name another one with --show_dir")
 
 
 def result_stems(paths: list[Path], stage_num: int) -> list[str]:
-    """The stems of the results' names, after the inputs'; with _2, _3, ... where an input before has such a name.
+    """The stems of the results' names: the inputs', with _2, _3, ... where an earlier input takes that name.
 
-    Room is left for the names of `stage_num` stages.
+    The names of `stage_num` stages are kept free as well.
     """
     stems, taken = [], set()
     for path in paths:
         for count in itertools.count(1):
             stem = path.stem if count == 1 else f"{path.stem}_{count}"
             names = stage_names(stem, path.suffix, stage_num)
-            if path.suffix.lower() not in ANY_DEPTH:  # what the name belies may have to be written as PNG
+            if path.suffix.lower() not in ANY_DEPTH:  # it may have to be written as PNG: see `result_suffix`
                 names += stage_names(stem, ".png", stage_num)
-            folded = {name.casefold() for name in names}  # some file systems take A.png and a.png for the same
+            folded = {name.casefold() for name in names}  # on some file systems A.png and a.png are one file
             if not folded & taken:
                 break
         taken |= folded
@@ -136,25 +134,15 @@ def stage_names(stem: str, suffix: str, stage_num: int) -> list[str]:
 
 
 def result_suffix(path: Path, image: np.ndarray) -> str:
-    """The input's, or .png where that is none of ours, or belies the content and can't hold it."""
+    """The input's suffix, or .png where its format can't be written, or can't hold the image's depth or alpha."""
     suffix = path.suffix.lower()
     too_deep = image.dtype == np.uint16 and suffix not in ANY_DEPTH
     too_many = image.shape[2:] == (4,) and suffix in (".jpg", ".jpeg")
     return ".png" if suffix not in SUFFIXES or too_deep or too_many else path.suffix
 
 
-# ---------------------------------------------------------------- all images
-
-
-def each_image(images: Sequence[Item], terminal: bool) -> Iterator[Item]:
-    """The images, with a progress bar in a terminal."""
-    bar = tqdm(images, unit="image", disable=not terminal, dynamic_ncols=True)
-    with bar, logging_redirect_tqdm([log] if terminal else []):
-        yield from bar
-
-
-def outcome(items: Sequence[Restored]) -> str:
-    """What is told at the end: the mean scores where the truth is known, and the network's time."""
+def summarize(items: Sequence[Restored]) -> str:
+    """The mean scores if there are any, and the network's mean time."""
     text = ""
     if items[0].scores:
         parts = []
@@ -164,7 +152,7 @@ def outcome(items: Sequence[Restored]) -> str:
             if len(rows):
                 parts.append(f"{name.upper()} {form.format(*rows.mean(0))}")
         text = f"mean {', '.join(parts)} (8-bit RGB), "
-    return f"{text}{np.mean([item.seconds for item in items]):.2f} s an image"
+    return f"{text}{np.mean([item.seconds for item in items]):.2f} s per image"
 
 
 def main(arguments: list[str]) -> int:
@@ -176,7 +164,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)
     if words and not words[0].startswith("-"):
-        raise UserError(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
+        raise BadArgument(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
     overrides = read_overrides(words)
     set_up_log(overrides.get("log_level", "info"))
     with ranks.joined():
@@ -188,53 +176,62 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     network, settings, checkpoint, step = open_network(known.preset, known.model, overrides)
     stage_num = network.output_num if known.stages is None else known.stages
     if not 1 <= stage_num <= network.output_num:
-        raise UserError(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
-    paths, paired = find_inputs(known.input, settings), known.input is None
-    run, show_dir = settings.run or checkpoint.stem, Path(settings.show_dir)
-    refuse_to_overwrite(paths, [show_dir, show_dir / run, show_dir / "page"])
+        raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
+    paths, show_dir = find_inputs(known.input, settings), Path(settings.show_dir)
+    folder = show_dir / (settings.run or checkpoint.stem)
+    refuse_to_overwrite(paths, [show_dir, folder, show_dir / "page"])
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
     log.info(f"{checkpoint} (step {step}), {stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
 
-    stages_written = stage_num if known.all_stages else 0
-    mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, stages_written), strict=True), 1)))
-    found, terminal = [], in_terminal()  # for each image what is known of it, or None where it was skipped
-    with replaying(network, device):
-        for number, (path, stem) in each_image(mine, terminal):
+    written = stage_num if known.all_stages else 0
+    mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, written), strict=True), 1)))
+    results = []  # of each image an item and its entry in the page, or None where it was skipped
+    bar = tqdm(mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
+    with replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
+        for number, (path, stem) in bar:
             try:
-                item = derain(network, path, paired, device, stage_num, *how_to_restore(settings))
+                item = derain(network, path, known.input is None, device, Restoring.of(settings), stage_num)
             except UserError as error:
                 log.warning(f"skipped: {error}")
-                found.append(None)
+                results.append(None)
                 continue
-            names = stage_names(stem, result_suffix(path, item.image), stages_written)
-            for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
-                write_image(show_dir / run / name, image)
-            entry = gallery.entry(number, item, path, f"{run}/{names[0]}")
-            if not terminal:
-                psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if paired else ""
-                log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
-            # All images' pixels may not fit the memory.
-            found.append((replace(item, image=None, stages=[], truth=None), entry))
-    found = [both for both in ranks.gather(found) if both is not None]
+            result = write_result(item, path, folder, stem, written)
+            entry = gallery.entry(number, item, path, f"{folder.name}/{result}")
+            results.append((replace(item, image=np.empty(0), stages=[], ground_truth=None), entry))  # without pixels
+    results = [both for both in ranks.gather(results) if both is not None]
     if not ranks.is_first():
         return 0
-    if not found:
+    if not results:
         gallery.discard()
         log.warning("no image was restored; the page was left as it was")
         return 1
+    items, entries = zip(*results, strict=True)
+    page = gallery.write(entries, f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summarize(items))
+    report(items, folder, page)
+    return int(len(items) < len(paths))
 
-    items, entries = zip(*found, strict=True)
-    summary = outcome(items)
-    page = gallery.write(entries, f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summary)
+
+def write_result(item: Restored, path: Path, folder: Path, stem: str, stage_num: int) -> str:
+    """Write an image's result, and `stage_num` of its stages, to `folder`; returns the result's name."""
+    names = stage_names(stem, result_suffix(path, item.image), stage_num)
+    for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
+        write_image(folder / name, image)
+    if not in_terminal():
+        psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if item.scores else ""
+        log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
+    return names[0]
+
+
+def report(items: Sequence[Restored], folder: Path, page: Path) -> None:
+    """Log the scores and where the results are; warn where they are nearly the input."""
     close = sum(item.change < NEARLY_INPUT for item in items)
     if close:
         log.warning(
             f"warning: {close} of {len(items)} results are nearly their input, changed by less than {NEARLY_INPUT} of "
-            "255 levels on average: these have hardly any rain, or the checkpoint is hardly trained"
+            "255 levels on average: these images have hardly any rain, or the network was hardly trained"
         )
-    hint = " (./explore.sh opens it)" if show_dir == ROOT / "showdir" else ""
-    log.info(f"{summary}\nresults: {show_dir / run}\npage: {page}{hint}")
-    return int(len(items) < len(paths))
+    hint = " (./explore.sh opens it)" if page.parent == ROOT / "showdir" else ""
+    log.info(f"{summarize(items)}\nresults: {folder}\npage: {page}{hint}")
 
 
 if __name__ == "__main__":

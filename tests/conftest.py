@@ -64,3 +64,22 @@ def data_dir(tmp_path) -> Path:
             B, O = make_pair(40 + 7 * (index % 2), 48, seed=10 * count + index)
             cv2.imwrite(str(folder / f"{index}.png"), np.hstack([B, O]))
     return tmp_path / "data"
+
+
+@pytest.fixture
+def places(tmp_path, data_dir, monkeypatch) -> list[str]:
+    """The words that send everything to a temporary folder; there are no weights in torchvision's cache."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    folders = {name: tmp_path / name for name in ("model_dir", "log_dir", "show_dir")}
+    return [word for name, folder in {**folders, "data_dir": data_dir}.items() for word in (f"--{name}", str(folder))]
+
+
+@pytest.fixture
+def label_dir(data_dir) -> Path:
+    """Labels of all training pairs: the clean image's dark, middle and bright pixels, of which the latter have none."""
+    folder = data_dir / "train" / "label"
+    folder.mkdir()
+    for path in sorted((data_dir / "train").glob("*.png")):
+        level = cv2.imread(str(path))[:, :48, 0]
+        cv2.imwrite(str(folder / path.name), np.select([level < 80, level < 140], [0, 18], 255).astype(np.uint8))
+    return folder

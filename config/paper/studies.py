@@ -29,10 +29,9 @@ from base.images import read_pair
 from cal_ssim import METRICS, scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
-from runs.restore import how_to_restore, open_network, restore, restore_8bit, score_pairs
+from rain import STYLES, RainStyle, render
+from runs.restore import Restoring, open_network, restore, restore_8bit, score_pairs
 from settings import Settings
-from synthesis.streaks import render
-from synthesis.styles import STYLES, RainStyle
 
 RESULTS = ROOT / "results"
 PLOT = ROOT / "pictures" / "tilt.png"
@@ -102,7 +101,7 @@ def tilt(names: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
         curves["rainy input"].append(_mean_psnr([(O, B) for O, B in pairs]))
         for run, network, own, _, _ in opened:
             with replaying(network, device):
-                derained = [(restore_8bit(network, O, device, *how_to_restore(own))[-1], B) for O, B in pairs]
+                derained = [(restore_8bit(network, O, device, Restoring.of(own))[-1], B) for O, B in pairs]
             curves[run].append(_mean_psnr(derained))
         log.info(f"{angle:+4d} degrees: " + ", ".join(f"{run} {psnr[-1]:.2f} dB" for run, psnr in curves.items()))
     runs = {
@@ -169,8 +168,8 @@ def stages(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     with replaying(network, device):
         seconds = _seconds_by_stage(network, settings, device)
     paths = list_pairs(data_path(settings) / "test")
-    table, _ = score_pairs(network, paths, device, lambda *_: None, *how_to_restore(settings))
-    means = np.nanmean(table, 0)  # (1 + stages, METRICS)
+    scored = score_pairs(network, paths, device, Restoring.of(settings))
+    means = np.nanmean(ranks.gather([pair.scores for pair in scored]), 0)  # (1 + stages, METRICS)
     rows = [
         {"stage": t, "seconds": seconds[t - 1] if t else 0.0, **dict(zip(METRICS, row.round(4).tolist(), strict=True))}
         for t, row in enumerate(means)
@@ -199,7 +198,7 @@ def _seconds_by_stage(network: nn.Module, settings: Settings, device: torch.devi
     for repeat in range(1 + REPEATS):  # the first is the warm-up
         for stage_num in range(1, network.output_num + 1):
             started = time.perf_counter()
-            for B in restore(network, O, stage_num, *how_to_restore(settings)):
+            for B in restore(network, O, Restoring.of(settings), stage_num):
                 B.sum().item()  # waits for the device
             if repeat:
                 seconds[stage_num - 1].append(time.perf_counter() - started)

@@ -2,8 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +16,17 @@ import model
 from base import ranks
 from base.console import in_terminal, log
 from base.devices import autocast, compute_dtype, pick_device
-from base.errors import UserError
+from base.errors import Mismatch
 from cal_ssim import METRICS, scores, to_8bit
 from dataset import read_whole
-from fast import any_size
+from fast.any_size import rain_layers
 from fast.graphs import replaying
 from runs import checkpoints
 from settings import NETWORK_FIELDS, Settings, override, resolve
 
-OWN = ("model_dir", "log_dir", "show_dir", "device", "precision", "cuda_graphs", "mirror")  # not the training's
-NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below is hardly derained
+# Settings that are the command's, not those of the training that the checkpoint records.
+COMMAND_FIELDS = ("model_dir", "log_dir", "show_dir", "device", "precision", "cuda_graphs", "mirror")
+NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below has lost hardly any rain
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
@@ -32,21 +35,21 @@ def open_network(
 ) -> tuple[nn.Module, Settings, Path, int]:
     """The network that a command names, in eval mode on its device: (network, settings, file, step).
 
-    `name` is a checkpoint's; without it, the best checkpoint of the run that `overrides` or `preset` (default sdsen)
-    names. The network is rebuilt from the settings in the checkpoint, with as many stages as were trained, and has the
-    averaged weights if there are any; one of the published code has none, and there
-    `preset` tells. Raises UserError where there is no such checkpoint or it is another network than `preset`.
+    `name` is a checkpoint's. Without it, the best checkpoint is opened of the run that `overrides` or `preset` (default
+    sdsen) names. The network is rebuilt from the settings in the checkpoint and gets the averaged weights if there are
+    any. A checkpoint of the published code holds no settings: there `preset` and `overrides` describe the network.
+    Raises MissingFile where there is no such checkpoint, Mismatch where it holds another network than `preset`.
     """
-    asked = resolve(preset or "sdsen", overrides)
-    path, checkpoint = ranks.from_first(lambda: _find_and_load(name or asked.run, Path(asked.model_dir)))
-    places = {name: getattr(asked, name) for name in OWN}
-    settings = asked
+    requested = resolve(preset or "sdsen", overrides)
+    path, checkpoint = ranks.from_first(lambda: _find_and_load(name or requested.run, Path(requested.model_dir)))
+    settings = requested
     if checkpoint.settings:
-        settings = override(checkpoint.settings, {**places, **overrides})
+        own = {field: getattr(requested, field) for field in COMMAND_FIELDS}
+        settings = override(checkpoint.settings, {**own, **overrides})
         for field in NETWORK_FIELDS:
-            if preset and getattr(settings, field) != getattr(asked, field):
-                raise UserError(
-                    f"{path} has {field} {getattr(settings, field)}, preset {preset} {getattr(asked, field)}: "
+            if preset and getattr(settings, field) != getattr(requested, field):
+                raise Mismatch(
+                    f"{path} has {field} {getattr(settings, field)}, preset {preset} has {getattr(requested, field)}: "
                     "leave -p out, or name another checkpoint with -m"
                 )
     network = model.build(settings)
@@ -60,86 +63,91 @@ def _find_and_load(name: str, model_dir: Path) -> tuple[Path, checkpoints.Checkp
     return path, checkpoints.load(path)
 
 
-def how_to_restore(settings: Settings) -> tuple[float, str, bool]:
-    """What `restore` takes of the settings."""
-    return settings.memory_gib, settings.precision, settings.mirror
+@dataclass(frozen=True)
+class Restoring:
+    """How an image is restored: the settings of the same names."""
+
+    memory_gib: float = 0.0  # bound on the process's memory; 0: what is free
+    precision: str = "auto"
+    mirror: bool = False  # take the mean with the restored mirror image
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Restoring":
+        return cls(settings.memory_gib, settings.precision, settings.mirror)
 
 
-def restore(
-    network: nn.Module,
-    O: Tensor,
-    stage_num: int | None = None,
-    memory_gib: float = 0.0,
-    precision: str = "auto",
-    mirror: bool = False,
-) -> Iterator[Tensor]:
-    """The background B_t = O - R_t of every stage, each (3, H, W) in [0, 1], of one rainy image (3, H, W) in [0, 1].
+DEFAULT = Restoring()
 
-    `memory_gib`, `precision` and `mirror` are the settings'. What float16 can't hold is computed in float32. In a
-    terminal, a bar shows the progress of an image that takes long.
+
+def restore(network: nn.Module, O: Tensor, how: Restoring = DEFAULT, stage_num: int | None = None) -> Iterator[Tensor]:
+    """One rainy image `O` (3, H, W) in [0, 1] -> O - R_t, (3, H, W) in [0, 1], after each stage t.
+
+    `stage_num` stops after so many stages. An image whose activations leave float16's range is computed in float32. In
+    a terminal, a bar shows the progress of an image that takes long.
     """
     bar = tqdm(total=1.0, delay=3, leave=False, disable=not in_terminal(), bar_format=BAR, dynamic_ncols=True)
-    restoring = _mirrored_too if mirror else any_size.rain_layers
-    rain_layers = restoring(network, O, stage_num, memory_gib, bar.update)
-    half = compute_dtype(precision, O.device) == torch.float16
+    stages_of = partial(_with_mirror if how.mirror else rain_layers, network, O, stage_num, how.memory_gib, bar.update)
+    stages = stages_of()
+    precision, half = how.precision, compute_dtype(how.precision, O.device) == torch.float16
     with bar:
         for done in itertools.count():
             with autocast(precision, O.device):  # around the network alone, not around the caller's work
-                R = next(rain_layers, None)
+                R = next(stages, None)
             if R is None:
                 return
             if half and not R.isfinite().all():
                 log.warning("the activations leave float16's range, so this image is computed in float32")
                 bar.reset()
-                rain_layers = itertools.islice(restoring(network, O, stage_num, memory_gib, bar.update), done, None)
+                stages = itertools.islice(stages_of(), done, None)
                 half, precision = False, "float32"
-                R = next(rain_layers)
+                R = next(stages)
             R = R.to(O.dtype)  # autocast may have made it 16 bits, on MPS
             yield torch.sub(O, R, out=R).clamp_(0, 1)
 
 
-def _mirrored_too(
+def _with_mirror(
     network: nn.Module, O: Tensor, stage_num: int | None, memory_gib: float, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
-    """As `any_size.rain_layers`: the means of the rain layers of `O` and, turned back, of its mirror image.
+    """The means of the rain layers of `O` and, mirrored back, of its mirror image.
 
-    The mirror image goes first, as a whole, and its rain layers are kept: 12 bytes a pixel and stage.
+    The mirror image goes first, and all its rain layers are kept: 12 bytes per pixel and stage.
     """
 
-    def half_way(share: float) -> None:
-        tick(share / 2)
-
-    mirrored = list(any_size.rain_layers(network, O.flip(-1), stage_num, memory_gib, half_way))
-    for R, other in zip(any_size.rain_layers(network, O, stage_num, memory_gib, half_way), mirrored, strict=True):
+    mirrored, upright = (
+        rain_layers(network, image, stage_num, memory_gib, lambda share: tick(share / 2)) for image in (O.flip(-1), O)
+    )
+    for R, other in zip(upright, list(mirrored), strict=True):
         yield R.add_(other.flip(-1)).div_(2)
 
 
-def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, *how) -> list[Tensor]:
-    """The same for an 8-bit image: (3, H, W) uint8 to one (3, H, W) uint8 a stage, as it would be saved, on `device`.
+def restore_8bit(network: nn.Module, O: Tensor, device: torch.device, how: Restoring = DEFAULT) -> list[Tensor]:
+    """As `restore`, for 8-bit images: (3, H, W) uint8 -> (3, H, W) uint8 on `device` after each stage, as saved."""
+    return [to_8bit(image) for image in restore(network, O.to(device).float() / 255, how)]
 
-    `how` are `memory_gib`, `precision` and `mirror`, as `restore` takes them.
-    """
-    return [to_8bit(image) for image in restore(network, O.to(device).float() / 255, None, *how)]
+
+class ScoredPair(NamedTuple):
+    path: Path
+    O: Tensor  # (3, H, W) uint8, as are the others; all on the network's device
+    restored: list[Tensor]  # after each stage
+    B: Tensor
+    scores: np.ndarray  # (1 + stages, METRICS): of the rainy input, then after each stage
 
 
 def score_pairs(
-    network: nn.Module, paths: list[Path], device: torch.device, each: Callable = lambda *_: None, *how
-) -> tuple[np.ndarray, list]:
-    """Scores of whole pairs, (pairs, 1 + stages, METRICS): of the rainy input, then of every stage.
+    network: nn.Module, paths: list[Path], device: torch.device, how: Restoring = DEFAULT
+) -> Iterator[ScoredPair]:
+    """This rank's share of the pairs, restored and scored on `device` one after another.
 
-    `each(path, O, restored, B, rows)` is called after each pair, whose images are on `device`, where they are scored as
-    well; what it returns comes back in a list, a pair an item. Several ranks share the pairs, and all get everything.
-    The network is put in eval mode and back. `how` is that of `restore_8bit`.
+    The network is in eval mode meanwhile. `ranks.gather` puts the results of all ranks in the order of `paths`.
     """
     was_training = network.training
     network.eval()
-    found = []
-    with replaying(network, device):
-        for path in ranks.share(paths):
-            O, B = (image.to(device) for image in read_whole(path))
-            restored = restore_8bit(network, O, device, *how)
-            rows = [scores(image, B) for image in (O, *restored)]
-            found.append(([[row[name] for name in METRICS] for row in rows], each(path, O, restored, B, rows)))
-    network.train(was_training)
-    found = ranks.gather(found)
-    return np.array([table for table, _ in found]), [result for _, result in found]
+    try:
+        with replaying(network, device):
+            for path in ranks.share(paths):
+                O, B = (image.to(device) for image in read_whole(path))
+                restored = restore_8bit(network, O, device, how)
+                rows = [scores(image, B) for image in (O, *restored)]
+                yield ScoredPair(path, O, restored, B, np.array([[row[name] for name in METRICS] for row in rows]))
+    finally:
+        network.train(was_training)

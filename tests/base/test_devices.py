@@ -6,7 +6,7 @@ import torch
 import model
 from base import devices, ranks
 from base.errors import BadArgument
-from runs import restore as evaluate
+from runs.restore import Restoring, restore
 from settings import resolve
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_autocast_is_not_around_who_takes_the_stages():
     network, inside = model.build(resolve("sdsen_s2", {"channel": 2, "depth": 4})).eval(), []
     network.pre_layer.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
     network.re_layer[0].register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
-    restored = evaluate.restore(network, torch.rand(3, 20, 16), precision="bf16")
+    restored = restore(network, torch.rand(3, 20, 16), Restoring(precision="bf16"))
     assert [torch.is_autocast_enabled("cpu") for _ in restored] == [False, False]
     assert not torch.is_autocast_enabled("cpu")
     assert inside == [False, True] * 2  # the first convolution computes in float32

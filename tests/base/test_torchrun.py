@@ -351,7 +351,7 @@ def test_images_and_page_are_those_of_one_process(folder, trained, split):
         paths = sorted(path for path in where.rglob("*") if path.is_file())
         found[count] = {path.relative_to(where): path.read_bytes() for path in paths}
         page = found[count][Path("index.html")]
-        found[count][Path("index.html")], seconds = re.subn(rb"[\d.]+ s an image", b"", page)
+        found[count][Path("index.html")], seconds = re.subn(rb"[\d.]+ s per image", b"", page)
         assert seconds == 1
     assert found["two"] == found["one"]
     assert sum(path.parts[0] == "two" for path in found["two"]) == (3 * 3 if split == "images" else 2 * 3)

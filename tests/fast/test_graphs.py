@@ -10,6 +10,7 @@ import model
 from base.devices import autocast
 from conftest import write_vgg
 from fast import graphs
+from runs.optimization import make_optimizer
 from settings import resolve
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def trained(settings, device, replayed, steps=5, labelled=False):
     torch.manual_seed(0)
     network = model.build(settings).to(device).train()
     criterion = losses.build(settings, labelled).to(device)
-    optimizer = main.make_optimizer(torch.nn.ModuleList([network, criterion]), 1e-3)
+    optimizer = make_optimizer(torch.nn.ModuleList([network, criterion]), 1e-3)
     generator, recorded, found = torch.Generator().manual_seed(1), None, []
     for step in range(steps):
         O, B = torch.rand(2, 3, 3, 16, 16, generator=generator).to(device)
@@ -89,7 +90,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(device, recorder):
     settings = settings_of(precision="float32")
     torch.manual_seed(0)  # with some weights, the attention's hidden units are all off, and have no gradients
     network, criterion = model.build(settings).to(device), losses.build(settings)
-    optimizer = main.make_optimizer(network, 1e-3)
+    optimizer = make_optimizer(network, 1e-3)
     O, B = torch.rand(2, 3, 3, 16, 16).to(device)
     recorded = main.record_step(network, criterion, settings, O, B)
     before = [parameter.detach().clone() for parameter in network.parameters()]

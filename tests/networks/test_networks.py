@@ -15,6 +15,7 @@ from conftest import make_pair
 from dataset import to_tensor
 from fast import windows
 from fast.any_size import rain_layers
+from runs.optimization import learning_rate, make_optimizer
 from settings import resolve
 
 CPU = torch.device("cpu")
@@ -355,10 +356,10 @@ def test_two_crops_are_learnt_by_heart(name, values):
     B, O = (torch.stack(halves) for halves in zip(*pairs, strict=True))
     torch.manual_seed(0)
     network, criterion = model.build(settings), losses.build(settings)
-    optimizer = main.make_optimizer(network, settings.lr)
+    optimizer = make_optimizer(network, settings.lr)
     scores = [cal_ssim.psnr(O, B)]
     for step in range(settings.steps):
-        optimizer.param_groups[0]["lr"] = main.learning_rate(settings, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(settings, step)
         main.train_step(network, optimizer, O, B, settings, False, criterion)
     with torch.no_grad():
         scores.append(cal_ssim.psnr(O - network(O)[-1], B))

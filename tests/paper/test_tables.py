@@ -245,7 +245,7 @@ def test_rows_that_were_killed_are_finished_elsewhere_as_if_unbroken(
     resumed, whole = states["elsewhere"], states["unbroken"]
     assert resumed.step == whole.step == steps["cnn_rain800"] + 2
     assert (
-        f"goes on at step {steps['cnn_rain800']} of"
+        f"resumes at step {steps['cnn_rain800']} of"
         in (tmp_path / "elsewhere" / "log" / "cnn_rain800" / "tables.log").read_text()
     )
     assert all(torch.equal(resumed.network[name], weight) for name, weight in whole.network.items())
