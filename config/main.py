@@ -50,7 +50,7 @@ from cal_ssim import METRICS
 from dataset import CropDataset, data_path, list_pairs, read_whole, training_batches
 from fast import graphs
 from fast.graphs import Replay
-from paper import studies, tables
+from paper import command, stages, tilt
 from presets import PRESETS
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
@@ -58,7 +58,7 @@ from runs.curves import NoCurves, open_curves
 from runs.restore import NEARLY_INPUT, how_to_restore, open_network, score_pairs
 from settings import FIELDS, NETWORK_FIELDS, Settings, describe_settings, make_parser, override, read_overrides, resolve
 
-COMPILE_STEPS = 5000  # left in a run from which on torch.compile pays: measured on an H200, bench/NOTES.md
+COMPILE_STEPS = 5000  # left in a run from which on torch.compile pays: measured on an H200, docs/SPEED.md
 PIECE_PIXELS = 2**13  # of the crops that go through the network at once on the CPU: two of 64x64
 
 
@@ -704,13 +704,13 @@ def main(arguments: list[str]) -> int:
         help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean",
     )
     if "tables" in arguments and {"-h", "--help"} & set(arguments):
-        return tables.main(["--help"])
+        return command.main(["--help"])
     known, words = parser.parse_known_args(arguments)
     if known.action in ("models", "tables") and (known.preset or known.model):
         raise UserError(f"-a {known.action} takes no -p and no -m")
     if known.action == "tables":
         set_up_log()
-        return tables.main(words)
+        return command.main(words)
     overrides = read_overrides(words)
     set_up_log(overrides.get("log_level", "info"))
     if known.action == "models":
@@ -733,9 +733,9 @@ def main(arguments: list[str]) -> int:
         elif known.action == "test":
             test(known.preset, name, overrides)
         elif known.action == "tilt":
-            studies.tilt(names, overrides)
+            tilt.measure(names, overrides)
         else:
-            studies.stages(name, overrides)
+            stages.measure(name, overrides)
     return 0
 
 
