@@ -10,7 +10,7 @@ import torch
 import main
 import model
 import rain
-from base.errors import MissingFile
+from base.errors import MissingFile, UserError
 from cal_ssim import scores
 from conftest import make_pair
 from dataset import list_pairs
@@ -99,4 +99,19 @@ def test_without_a_large_enough_image_nothing_is_written(places, tmp_path, monke
     monkeypatch.setattr(tilt, "SIDE", 61)
     with pytest.raises(MissingFile):
         tilt.measure(["a"], read_overrides(places))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-a", "tilt"],
+        ["-a", "stages", "-m", "a", "b"],
+        ["-a", "tilt", "-m", "a", "-p", "dsen"],
+        ["-a", "tables", "-m", "a"],
+    ],
+)
+def test_wrong_calls(places, tmp_path, words):
+    with pytest.raises(UserError):
+        main.main([*words, *places])
     assert not (tmp_path / "results").exists()
