@@ -5,7 +5,6 @@ weights, never as code.
 """
 
 import io
-import tempfile
 import time
 import zipfile
 from contextlib import ExitStack
@@ -126,54 +125,43 @@ def _other_recipe(a: Checkpoint, b: Checkpoint) -> str | None:
 
 def read(path: Path, overrides: dict[str, Any]) -> list[PackedRun]:
     """The runs in an archive. Raises DamagedFile where it holds anything but files of rows' runs."""
-    runs: dict[Row, dict[str, bytes]] = {}
+    runs: dict[Run, dict[str, bytes]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if not member.is_dir():
-                    row, name, data = _read_member(archive, member, path)
-                    runs.setdefault(row, {})[name] = data
+                run_name, _, name = member.filename.partition("/")
+                row = parse_name(run_name)
+                run = row and find_run(row, overrides)
+                if not run or name not in run_files(run):
+                    raise DamagedFile(f"{path} holds {member.filename!r}, which is not a file of a row's run")
+                with archive.open(member) as file:
+                    data = file.read(LARGEST + 1)  # the size that the archive claims may be wrong
+                if len(data) > LARGEST:
+                    raise DamagedFile(f"{path}: {member.filename} is larger than any file of a run")
+                runs.setdefault(run, {})[name] = data
     except UserError:
         raise
     except Exception as error:  # zipfile raises whatever its readers meet
         raise DamagedFile(f"{path} is not an archive of runs, or is cut off ({type(error).__name__})") from None
-    return [_check(find_run(row, overrides), files, path) for row, files in runs.items()]
+    return [PackedRun(run, files, _load(run, files, path)) for run, files in runs.items()]
 
 
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> tuple[Row, str, bytes]:
-    run_name, _, name = member.filename.partition("/")
-    row = parse_name(run_name)
-    if not row or name not in run_files(find_run(row, {})):
-        raise DamagedFile(f"{path} holds {member.filename!r}, which is not a file of a row's run")
-    with archive.open(member) as file:
-        data = file.read(LARGEST + 1)  # the size that the archive claims may be wrong
-    if len(data) > LARGEST:
-        raise DamagedFile(f"{path}: {member.filename} is larger than any file of a run")
-    return row, name, data
-
-
-def _check(run: Run, files: dict[str, bytes], path: Path) -> PackedRun:
-    """A run whose checkpoints are of its network. Raises DamagedFile where they are not, or one is missing."""
-    loaded = {name: _load(data, f"{path}: {run.name}/{name}") for name, data in files.items() if name.endswith(".pth")}
-    for name, checkpoint in loaded.items():
-        if field := first_difference(NETWORK_FIELDS, run.settings, checkpoint.settings):
+def _load(run: Run, files: dict[str, bytes], path: Path) -> Checkpoint:
+    """The last checkpoint of a packed run. Raises DamagedFile where one of its checkpoints can't be resumed from."""
+    loaded = {}
+    for name in [name for name in files if name.endswith(".pth")]:
+        data = files[name]
+        try:
+            parts = zipfile.ZipFile(io.BytesIO(data)).infolist()  # PyTorch's format, which compresses nothing
+            too_large = sum(part.file_size for part in parts) > len(data)
+            found = None if too_large else checkpoints.load(io.BytesIO(data))
+        except (zipfile.BadZipFile, UserError, ValueError, TypeError):
+            found = None
+        if not (found and found.settings and found.optimizer and type(found.step) is int):
+            raise DamagedFile(f"{path}: {run.name}/{name} is not a checkpoint that a training resumes from")
+        if field := first_difference(NETWORK_FIELDS, run.settings, found.settings):
             raise DamagedFile(f"{path}: {run.name}/{name} is of another network: {field} differs")
+        loaded[name] = found
     if "latest.pth" not in loaded:
         raise DamagedFile(f"{path} holds no checkpoint of {run.name}")
-    return PackedRun(run, files, loaded["latest.pth"])
-
-
-def _load(data: bytes, place: str) -> Checkpoint:
-    """A checkpoint that a training can resume from. Raises DamagedFile where the bytes are not one."""
-    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        file.write(data)
-        file.flush()
-        try:
-            with zipfile.ZipFile(file.name) as parts:  # PyTorch's format, which compresses nothing
-                too_large = sum(part.file_size for part in parts.infolist()) > len(data)
-            checkpoint = None if too_large else checkpoints.load(Path(file.name))
-        except (zipfile.BadZipFile, UserError, ValueError, TypeError):
-            checkpoint = None
-    if not (checkpoint and checkpoint.settings and checkpoint.optimizer and type(checkpoint.step) is int):
-        raise DamagedFile(f"{place} is not a checkpoint that a training resumes from")
-    return checkpoint
+    return loaded["latest.pth"]
