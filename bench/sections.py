@@ -81,7 +81,7 @@ class Job:
         return alternate(runs, self.device, self.repeats, self.sizes.budget, settle=True)
 
     def attempt(self, what: str, measure: Callable) -> Any:
-        """What `measure()` returns; None where it fails, which is printed and noted, so that the others are measured."""
+        """What `measure()` returns; None where it fails, which is printed and noted."""
         try:
             return measure()
         except Exception as error:
