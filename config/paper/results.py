@@ -79,8 +79,10 @@ def mean_scores(images: list[dict[str, str]]) -> dict[str, dict[str, float]]:
 def _train_rain(settings: Settings) -> str:
     if settings.rain:
         return f"synthetic: {settings.rain}"
-    record = Path(settings.data_dir) / "train" / "drawn.txt"  # beside pairs of rain.py: "drawn: STYLE, ..."
-    return record.read_text().strip().replace("drawn", "synthetic", 1) if record.is_file() else "as in the data set"
+    record = Path(settings.data_dir) / "train" / "drawn.txt"  # that rain.py writes beside its pairs: "...: STYLE, ..."
+    if record.is_file():
+        return f"synthetic:{record.read_text().rstrip().partition(':')[2]}"
+    return "as in the data set"
 
 
 def validation_curve(text: str) -> list[list[float]]:

@@ -52,8 +52,10 @@ def test_a_result_says_what_was_trained_and_nothing_of_the_machines_folders(run,
 def test_rain_of_the_training_pairs(run, tmp_path):
     assert results.collect(run)["train_rain"] == "as in the data set"
     (tmp_path / "data_dir" / "train").mkdir(parents=True)
-    (tmp_path / "data_dir" / "train" / "drawn.txt").write_text("drawn: rain100l, 6 on each of 209 images, seed 0\n")
-    assert results.collect(run)["train_rain"] == "synthetic: rain100l, 6 on each of 209 images, seed 0"
+    for start in ("drawn", "synthetic rain"):
+        text = f"{start}: rain100l, 6 on each of 209 images, seed 0\n"
+        (tmp_path / "data_dir" / "train" / "drawn.txt").write_text(text)
+        assert results.collect(run)["train_rain"] == "synthetic: rain100l, 6 on each of 209 images, seed 0"
     run = run._replace(settings=find_run(run.row, {**vars(run.settings), "rain": "rain800"}).settings)
     assert results.collect(run)["train_rain"] == "synthetic: rain800"
 
