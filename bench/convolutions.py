@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fast.winograd import HALO, KERNEL
 from timing import Numbers, alternate, summary
 
+KERNEL, HALO = 5, 2
 Channels = tuple[int, int]  # inputs, outputs
 
 # The networks' convolutions, and what they may be padded to; the first candidate is the convolution itself.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every GPU number of the documents, in under four minutes on an H200: `bash bench/gpu.sh [DEVICE] [PYTHON]`, by default
-# cuda and python3. `bash bench/gpu.sh cpu` rehearses it with tiny sizes and few steps. A part that fails, or runs out of
-# the whole's time, does not stop the others; the exit status is 1 then.
-# Needs torch, torchvision, OpenCV, scikit-image, tqdm and pytest, no network. What is printed is the record; its end is
-# the table of the targets. numbers.json and gpu.log lie in $OUT, or in the working directory.
+# All GPU numbers of docs/SPEED.md, in under four minutes on an H200: `bash bench/gpu.sh [DEVICE] [PYTHON]`, by default
+# cuda and python3. `bash bench/gpu.sh cpu` rehearses it with tiny sizes and few steps. A part that fails, or exceeds the
+# time limit, does not stop the others; the exit status is 1 then.
+# Needs torch, torchvision, OpenCV, scikit-image, tqdm and pytest, no network. Ends with the table of targets; writes
+# numbers.json and gpu.log to $OUT, or to the working directory.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 device=${1:-cuda}
@@ -31,7 +31,7 @@ trainings() {  # name, arguments...
 
 rm -f "$numbers"
 {
-    part "the product is right on $device" "$python" -m pytest -q -p no:cacheprovider -k "$tests" "$root/tests"
+    part "tests on $device" "$python" -m pytest -q -o addopts= -p no:cacheprovider -k "$tests" "$root/tests"
     part "times and memory" "$python" "$root/bench/bench.py" --device "$device" --json "$numbers" \
         --only inference images training data convolutions steps "${bench[@]}"
     trainings "the paper's training" run "${paper[@]}"

@@ -1,9 +1,9 @@
-"""How time and memory of deraining grow with the pixels: S-DSEN with eight stages on images of 0.15 to 12 megapixels.
+"""How time and memory of restoring an image grow with its size: S-DSEN, eight stages, 0.15 to 12 megapixels.
 
     python bench/growth.py                     # the table, about ten minutes on two cores
     python bench/growth.py --memory_gib 4      # the same with the process held to 4 GiB
 
-Each size runs in a process of its own; its peak is what the system reports of it, Python and PyTorch included.
+Each size runs in a process of its own, whose peak memory includes Python and PyTorch.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     if known.one:
         print(json.dumps(measure(*known.one, known.stages, known.memory_gib)))
         return
-    print("| pixels | megapixels | seconds | seconds a megapixel | peak memory, GiB |\n|---|---|---|---|---|")
+    print("| pixels | megapixels | seconds | seconds per megapixel | peak memory, GiB |\n|---|---|---|---|---|")
     for size in known.sizes:
         width, height = map(int, size.split("x"))
         options = ["--stages", str(known.stages), "--memory_gib", str(known.memory_gib)]

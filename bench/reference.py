@@ -1,11 +1,12 @@
-"""The published forward, plainly: the yardstick that bench.py and the tests hold the product against.
+"""The published forward pass, written plainly: what the benchmark and the tests compare this code with.
 
-This stands for the published code (its model file on GrouPy's PyTorch port), written anew to do what that did, in its
-order and with its costs: every layer makes its filter bank in every call, feature maps lie in memory as N, C, S, H, W,
-the connected state is concatenated with the layer's input, each operation is one kernel with a fresh result, and the
-zero states before stage 1 pass through the connections. Nothing is kept from call to call. It is not meant to be fast,
-and must not be made so. Only the networks of p4 whose aggregation is a convolution with an SE block behind it, with the
-link "none" or "concat": the presets `dsen`, `mdsen` and `sdsen*`. Its state dict is that of `model.DSEN`.
+It does what the published code does (its model file on GrouPy's PyTorch port), in its order and with its costs: every
+layer makes its filter bank in every call, feature maps lie in memory as N, C, S, H, W, the connected state is
+concatenated with the layer's input, and the zero states before stage 1 pass through the connections. It must not be
+made faster.
+
+Only networks of p4 whose aggregation is a convolution with an SE block, with link none or concat: the presets `dsen`,
+`mdsen` and `sdsen*`. State dicts are those of `model.DSEN`.
 """
 
 from collections import OrderedDict
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import BadArgument
 from settings import Settings
 
 SLOPE = 0.2
@@ -96,10 +97,10 @@ class PlainDSEN(nn.Module):
 
 
 def build(settings: Settings, state: dict[str, Tensor]) -> PlainDSEN:
-    """The plain network of `settings` with the weights `state` of the product's. Raises UserError for other kinds."""
+    """The plain network of `settings` with the weights `state` of `model.DSEN`. Raises BadArgument for other kinds."""
     kind = (settings.group, settings.aggregation, settings.use_se)
     if kind != ("p4", "conv", True) or settings.link not in ("none", "concat"):
-        raise UserError(
+        raise BadArgument(
             "the plain reference has p4, aggregation conv, SE and link none or concat only: "
             f"not {settings.run or 'these settings'}"
         )

@@ -1,4 +1,4 @@
-"""The numbers that bench.py and trainings.py measured, as a table of the targets, for the documents.
+"""The numbers that bench.py and trainings.py measured, as a table of targets for docs/SPEED.md.
 
     python bench/report.py numbers.json
 
@@ -26,65 +26,58 @@ def read(path: Path) -> Numbers:
 
 
 def _step(preset: str) -> Callable[[Numbers], str]:
-    """A training step in each way that was measured."""
-
-    def cell(numbers: Numbers) -> str:
-        return ", ".join(f"{1000 * n['median']:.1f} ms {way}" for way, n in numbers["steps"][preset].items())
-
-    return cell
+    """A training step in each variant that was measured."""
+    return lambda n: ", ".join(f"{1000 * v['median']:.1f} ms {name}" for name, v in n["steps"][preset].items())
 
 
-def _speedup(numbers: Numbers) -> str:
-    return f"{numbers['training']['speedup']:.2f} times"
+def _memory(n: Numbers) -> str:
+    here, plain = (n["training"]["peaks"][side]["added"] / 2**20 for side in ("this code", "reference"))
+    return f"{here:.0f} MiB (reference {plain:.0f})"
 
 
-def _whole_training(numbers: Numbers) -> str:
-    return f"{numbers['paper']['whole'] / 60:.1f} min"
+def _images(n: Numbers) -> str:
+    return f"{1000 * n['images']['this code']['median'] / n['sizes']['images']:.1f} ms"
 
 
-def _image(numbers: Numbers) -> str:
-    return f"{1000 * numbers['inference']['product']['median']:.1f} ms"
+def _outputs(n: Numbers) -> str:
+    return ", ".join(f"{worst['p999']:.2f} {precision}" for precision, worst in n["outputs"].items())
 
 
-def _each_of_several(numbers: Numbers) -> str:
-    return f"{1000 * numbers['images']['product']['median'] / numbers['sizes']['images']:.1f} ms"
-
-
-def _change_of_images(numbers: Numbers) -> str:
-    return ", ".join(f"{worst['p999']:.2f} {precision}" for precision, worst in numbers["outputs"].items())
-
-
-def _memory(numbers: Numbers) -> str:
-    product, plain = (numbers["training"]["peaks"][side]["added"] / 2**20 for side in ("product", "reference"))
-    return f"{product:.0f} MiB (reference {plain:.0f})"
-
-
-def _waiting(numbers: Numbers) -> str:
-    return f"{numbers['data']['rain drawn, rain100h']['waiting_share']:.1%} of a step"
-
-
-def _curve(numbers: Numbers) -> str:
-    return f"{numbers['curve']['end']:+.2f} dB at the end, {numbers['curve']['largest']:.2f} at most"
-
-
+# What, how it reads from the numbers, and the target.
 TARGETS: tuple[tuple[str, Callable[[Numbers], str], str], ...] = (
     ("S-DSEN, a training step", _step("sdsen"), "48 ms"),
-    ("the same against the float32 reference", _speedup, "at least 7 times"),
+    ("the same against the float32 reference", lambda n: f"{n['training']['speedup']:.2f} times", "at least 7 times"),
     ("DSEN, a training step", _step("dsen"), "6 ms"),
-    ("the paper's 20000 steps of S-DSEN, with validations and checkpoints", _whole_training, "17 min"),
-    ("S-DSEN, one image", _image, "12 ms"),
-    ("S-DSEN, several images at once, per image", _each_of_several, "8 ms"),
-    ("images in 16 bits against float32, 99.9th percentile, of 255 levels", _change_of_images, "within 0.25"),
+    (
+        "the paper's 20000 steps of S-DSEN, with validations and checkpoints",
+        lambda n: f"{n['paper']['whole'] / 60:.1f} min",
+        "17 min",
+    ),
+    ("S-DSEN, one image", lambda n: f"{1000 * n['inference']['this code']['median']:.1f} ms", "12 ms"),
+    ("S-DSEN, several images at once, per image", _images, "8 ms"),
+    ("images in 16 bits against float32, 99.9th percentile, of 255 levels", _outputs, "within 0.25"),
     ("S-DSEN, peak memory of a training step", _memory, ""),
-    ("waiting for crops, synthetic rain", _waiting, "under 10 %"),
-    ("PSNR of a training in bf16 against float32", _curve, "within 0.1 dB"),
+    (
+        "waiting for crops, synthetic rain",
+        lambda n: f"{n['data']['synthetic rain']['waiting_share']:.1%} of a step",
+        "under 10 %",
+    ),
+    (
+        "PSNR of a training in bf16 against float32",
+        lambda n: f"{n['curve']['end']:+.2f} dB at the end, {n['curve']['largest']:.2f} at most",
+        "within 0.1 dB",
+    ),
 )
 
 
 def table(numbers: Numbers) -> str:
     """The targets and what was measured, in Markdown; a dash for what is missing."""
     rows = [(_title(numbers), "measured", "target"), ("---",) * 3]
-    rows += [(what, _or_missing(cell, numbers), target) for what, cell, target in TARGETS]
+    for what, cell, target in TARGETS:
+        try:
+            rows.append((what, cell(numbers) or MISSING, target))
+        except KeyError:
+            rows.append((what, MISSING, target))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -97,14 +90,7 @@ def _title(numbers: Numbers) -> str:
     return f"{machine.get('gpu', machine['device'])}: {crops}, {width}x{height} images, {sizes['images']} at once"
 
 
-def _or_missing(cell: Callable[[Numbers], str], numbers: Numbers) -> str:
-    try:
-        return cell(numbers) or MISSING
-    except KeyError:
-        return MISSING
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The targets and what was measured, as a table in Markdown.")
-    parser.add_argument("numbers", type=Path, help="the file; one that is missing holds no numbers")
+    parser = argparse.ArgumentParser(description="The targets and what was measured, in Markdown.")
+    parser.add_argument("numbers", type=Path, help="file of --json; without it, nothing was measured")
     print(table(read(parser.parse_args().numbers)))

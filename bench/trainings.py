@@ -1,11 +1,11 @@
-"""What whole trainings take, and what 16 bits do to their results and to a trained network's images.
+"""How long whole trainings take, and what 16 bits change in their scores and in a trained network's images.
 
-    python bench/trainings.py run --device cuda --steps 300       # time of the paper's training, from its first steps
-    python bench/trainings.py curve --device cuda --steps 2000    # PSNR by step, float32 beside bf16
+    python bench/trainings.py run --device cuda --steps 300      # time of the paper's training, from its first steps
+    python bench/trainings.py curve --device cuda --steps 2000   # PSNR by step, float32 beside bf16
     python bench/trainings.py outputs --device cuda -m sdsen_rain800    # images in 16 bits against float32
 
 Trainings run through main.py in processes of their own, on the built-in set unless --data_dir names another, and leave
-nothing behind. Words that are none of the arguments below go to main.py: `curve --batch_size 4 -p dsen`.
+no files. Other arguments go to main.py: `curve --batch_size 4 -p dsen`.
 """
 
 import re
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
 import report
 from base.console import Parser, run_script
-from base.errors import UserError
+from base.errors import BadArgument, LostProcess
 from base.files import ROOT
 from report import Numbers
 from settings import FIELDS
@@ -40,7 +40,7 @@ def start_training(folder: Path, name: str, words: list[str]) -> subprocess.Pope
 
 
 def read_until(process: subprocess.Popen, text: str, times: int) -> list[str]:
-    """The lines of a process until as many of them begin with `text`, or it ends."""
+    """The lines of a process until as many of them start with `text`, or it ends."""
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip("\n"))
@@ -51,10 +51,10 @@ def read_until(process: subprocess.Popen, text: str, times: int) -> list[str]:
 
 
 def finish(process: subprocess.Popen, read: list[str] | None = None) -> list[str]:
-    """All lines of a training that ends well, of which some were `read`. Raises UserError with the last of another."""
+    """All lines of a training, of which some were `read`. Raises LostProcess with the last one where it failed."""
     lines = [*(read or []), *process.communicate()[0].splitlines()]
     if process.returncode:
-        raise UserError(f"the training failed: {lines[-1] if lines else 'it printed nothing'}")
+        raise LostProcess(f"the training failed: {lines[-1] if lines else 'no output'}")
     return lines
 
 
@@ -92,7 +92,6 @@ def run(words: list[str], steps: int, batch_size: int) -> Numbers:
         process.send_signal(signal.SIGINT)  # it saves and ends
         finish(process, lines)
     numbers = project(lines, seconds, batch_size)
-    print(next(line for line in lines if line.startswith("run run")))
     print(f"{steps} steps of {batch_size} crops: {seconds:.1f} s; the last line:", lines[-1])
     start, step, validation, whole = numbers.values()
     print(
@@ -123,7 +122,7 @@ def curve(words: list[str], steps: int, batch_size: int) -> Numbers:
 def compare_outputs(
     name: str, overrides: dict[str, str], precision: str = "bf16", images: int | None = None
 ) -> list[dict[str, float]]:
-    """For each test image of the built-in set, or the first few, what 16 bits change in the last stage's output.
+    """What 16 bits change in the last stage's output, for each test image of the built-in set or the first few.
 
     `p999` and `max` are of the absolute difference to float32, in levels of 255; `psnr` is that of `precision` less
     float32's.
@@ -153,10 +152,10 @@ def compare_outputs(
     return rows
 
 
-def outputs(name: str, overrides: dict[str, str], formats: list[str], images: int | None) -> Numbers:
+def outputs(name: str, overrides: dict[str, str], images: int | None) -> Numbers:
     """Print the worst of `compare_outputs` in each format."""
     numbers = {}
-    for precision in formats:
+    for precision in FORMATS:
         rows = compare_outputs(name, overrides, precision, images)
         worst = numbers[precision] = {key: max(abs(row[key]) for row in rows) for key in rows[0]}
         print(
@@ -174,17 +173,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of the training; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=64, help="default: the paper's, %(default)s")
     parser.add_argument("-m", "--model", help="outputs: a checkpoint, as main.py takes it")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="outputs: default: all")
     parser.add_argument("--images", type=int, help="outputs: how many test images; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the numbers to this file")
     known, words = parser.parse_known_args(arguments)
     if known.steps < 2:
-        raise UserError(f"--steps must be at least 2, got {known.steps}")
+        raise BadArgument(f"--steps must be at least 2, got {known.steps}")
     if known.what == "outputs":
         if not known.model or words:
-            raise UserError("outputs takes -m CHECKPOINT, --device, --formats, --images and --json alone")
+            raise BadArgument("outputs takes -m CHECKPOINT, --device, --images and --json alone")
         places = {"device": known.device, "data_dir": ""}
-        report.add(known.json, {"outputs": outputs(known.model, places, known.formats, known.images)})
+        report.add(known.json, {"outputs": outputs(known.model, places, known.images)})
     else:
         training, key = (run, "paper") if known.what == "run" else (curve, "curve")
         report.add(known.json, {key: training(["--device", known.device, *words], known.steps, known.batch_size)})

@@ -35,7 +35,7 @@ from dataset import data_path, list_pairs
 from datasets.loader import training_batches
 from fast import graphs
 from fast.graphs import Replay
-from paper import studies, tables
+from paper import command, stages, tilt
 from presets import PRESETS
 from runs.export import export
 from runs.optimization import Outcome, clip_gradients, learning_rate, split_batch, step_scores, synchronized
@@ -242,13 +242,13 @@ def main(arguments: list[str]) -> int:
         help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean",
     )
     if "tables" in arguments and {"-h", "--help"} & set(arguments):
-        return tables.main(["--help"])
+        return command.main(["--help"])
     known, words = parser.parse_known_args(arguments)
     names = known.model or []
     check_arguments(known.action, known.preset, names, words)
     if known.action == "tables":
         set_up_log()
-        return tables.main(words)
+        return command.main(words)
     overrides = read_overrides(words)
     set_up_log(overrides.get("log_level", "info"))
     if known.action == "models":
@@ -258,9 +258,9 @@ def main(arguments: list[str]) -> int:
     else:
         with ranks.joined():
             if known.action == "tilt":
-                studies.tilt(names, overrides)
+                tilt.measure(names, overrides)
             elif known.action == "stages":
-                studies.stages(names[0], overrides)
+                stages.measure(names[0], overrides)
             else:
                 action = {"train": train, "test": test}[known.action]
                 action(known.preset, names[0] if names else None, overrides)

@@ -1,4 +1,4 @@
-"""The yardstick: the plain reference is the published code, the product agrees with it, and the bench measures both."""
+"""The benchmark: the plain reference has the published outputs, the networks agree with it, and both are measured."""
 
 import json
 import os
@@ -16,11 +16,14 @@ import convolutions
 import model
 import reference
 import report
+import sections
 import timing
 import trainings
-from base.errors import UserError
+import workloads
+from base.errors import BadArgument, LostProcess, UserError
 from base.files import ROOT
 from conftest import GOLDEN
+from fast import native
 from runs import checkpoints
 from settings import resolve
 
@@ -28,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def both(name, seed=0):
-    """The product's network and the plain one, with the same weights."""
+    """The network and the plain one, with the same weights."""
     torch.manual_seed(seed)
     network = model.build(name)
     return network, reference.build(resolve(name), network.state_dict())
@@ -47,7 +50,7 @@ def test_reference_has_the_published_outputs_at_every_stage(name):
 
 @pytest.mark.parametrize("name", ["dsen", "mdsen", "sdsen_s4"])
 @pytest.mark.parametrize("training", [True, False])
-def test_product_agrees_with_the_reference_at_an_odd_size(name, training):
+def test_network_agrees_with_the_reference_at_an_odd_size(name, training):
     network, plain = both(name)
     O = torch.rand(2, 3, 37, 23)
     with torch.inference_mode(not training):
@@ -56,7 +59,7 @@ def test_product_agrees_with_the_reference_at_an_odd_size(name, training):
 
 
 @pytest.mark.parametrize("name", ["dsen", "sdsen_s2"])
-def test_product_has_the_gradients_of_the_reference(name):
+def test_network_has_the_gradients_of_the_reference(name):
     network, plain = both(name)
     O, B = torch.rand(2, 2, 3, 21, 30)
     for other in (network, plain):
@@ -69,41 +72,51 @@ def test_product_has_the_gradients_of_the_reference(name):
 
 @pytest.mark.parametrize("name", ["cnn", "dsen_maxpool", "dsen_wo_se", "mdsen_sc"])
 def test_reference_refuses_other_networks(name):
-    with pytest.raises(UserError, match=f"not {name}"):
+    with pytest.raises(BadArgument):
         reference.build(resolve(name), {})
 
 
-@pytest.mark.parametrize(("kind", "size"), [("inference", (17, 22)), ("training", (2, 16))])
-def test_both_sides_are_measured_and_agree(kind, size):
-    settings = resolve("sdsen_s2", {"batch_size": 2, "patch_size": 16})
-    numbers = bench.measure(kind, settings, CPU, size, 2, 0)
+def tiny_job(**values):
+    """A job on the CPU that is over at once."""
+    return sections.Job(CPU, sections.Sizes((17, 22), 2, 2, 16, 64, 1, 0.0), 1, **values)
+
+
+@pytest.mark.parametrize("kind", sections.KINDS)
+def test_both_sides_are_measured_and_agree(monkeypatch, kind):
+    monkeypatch.setattr(sections, "PRESET", "sdsen_s2")
+    monkeypatch.setattr(sections.Job, "peak", lambda job, kind, name, first: first)
+    job = tiny_job()
+    monkeypatch.setattr(job, "settings", lambda preset="sdsen_s2": resolve(preset))
+    job.limits = bench.measure_limits(CPU, 64, 1)
+    numbers, text = sections.compare(kind, job)
     assert numbers["difference"] < 1e-5
-    assert [len(numbers[side]["seconds"]) for side in bench.SIDES] == [2, 2]
-    pixels = 17 * 22 if kind == "inference" else 3 * 2 * 16 * 16
+    assert [len(numbers[side]["seconds"]) for side in sections.SIDES] == [1, 1]
+    pixels = {"inference": 17 * 22, "images": 2 * 17 * 22, "training": 3 * 2 * 16 * 16}[kind]
     assert numbers["nominal_gflop"] == pytest.approx(2e-9 * 2 * 493030 * pixels)
-    assert all(peak["before"] > 2**20 <= 2**20 + peak["added"] for peak in numbers["peaks"].values())
-    limits = bench.measure_limits(CPU, 64, 1)
-    text = bench.table("title", [*bench.SIDES, "ratio"], bench.kind_rows(json.loads(json.dumps(numbers)), limits))
-    assert f"{numbers['speedup']:.2f} times faster" in text
-    assert len(text.splitlines()) == 9
+    assert f"{numbers['speedup']:.2f}" in text
+    assert len(text.splitlines()) == 10
+
+
+@pytest.mark.slow
+def test_peak_memory_is_measured_in_a_fresh_process():
+    job = sections.Job(CPU, sections.SIZES["rehearsal"])
+    peak = job.peak("training", "this code", {})
+    assert peak["before"] > 2**26
+    assert peak["added"] > 2**20
 
 
 def test_traffic_of_sdsen():
     planes = (3 + 40) + 4 * (80 + 40) + 4 * (40 + 40) + (40 + 10) + (10 + 3)
-    assert bench.traffic_per_pixel(model.build("sdsen")) == 8 * 4 * planes
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_sections_are_those_of_the_device_or_those_named(kind):
-    device = torch.device(kind)
-    assert {"inference", "training", "data"} <= set(bench.sections_for(device, None)) <= set(bench.SECTIONS)
-    assert bench.sections_for(device, ["variants"]) == ("variants",)
+    assert sections.traffic_per_pixel(model.build("sdsen")) == 8 * 4 * planes
 
 
 def test_variants_are_those_of_the_device():
-    on_cpu, on_gpu = (set(bench.variants_for(torch.device(kind))) for kind in ("cpu", "cuda"))
-    assert on_cpu | on_gpu == set(bench.VARIANTS)
-    assert on_cpu ^ on_gpu == set(bench.ONLY_ON)
+    on_cpu, on_gpu = (set(workloads.variants_for(torch.device(kind))) for kind in ("cpu", "cuda"))
+    assert on_cpu | on_gpu == set(workloads.VARIANTS)
+    assert on_cpu - on_gpu == {"float32 without a C++ compiler"}
+    assert on_gpu - on_cpu == {"bf16, --cuda_graphs off"}
+    assert set(workloads.SIDES) | set(workloads.STEPS["cpu"]) <= on_cpu
+    assert set(workloads.STEPS["cuda"]) <= on_gpu
 
 
 def test_runs_are_repeated_in_turn():
@@ -129,11 +142,6 @@ def test_first_call_on_cuda_counts_the_tensors_of_its_peak():
     assert 4 * (2**20 + 2**22) <= peak["added"] < 4 * (2**20 + 2**23)
 
 
-def tiny_job(**values):
-    """A job on the CPU that is over at once."""
-    return bench.Job(CPU, bench.Sizes((17, 22), 2, 2, 16, 64, 1, 0.0), 1, **values)
-
-
 def test_sections_write_their_numbers_and_a_failure_does_not_stop_the_next(tmp_path, monkeypatch):
     def fails(job):
         raise RuntimeError("on purpose")
@@ -149,23 +157,15 @@ def test_sections_write_their_numbers_and_a_failure_does_not_stop_the_next(tmp_p
     assert "inference" not in written
 
 
-def test_steps_of_several_networks(monkeypatch):
-    monkeypatch.setattr(bench, "STEP_PRESETS", ("dsen", "cnn"))
-    monkeypatch.setattr(bench, "WAYS", {"eager": {"compile": "off"}, "broken": {"compile": "unknown"}})
-    monkeypatch.setattr(bench, "ways_for", lambda device: list(bench.WAYS))
+def test_steps_of_a_network_and_a_variant_that_fails(monkeypatch):
+    monkeypatch.setitem(workloads.VARIANTS, "broken", workloads.Variant({"compile": "unknown"}))
     job = tiny_job()
-    numbers = bench.measure_steps(job)
-    assert {preset: list(ways) for preset, ways in numbers.items()} == {"dsen": ["eager"], "cnn": ["eager"]}
-    assert len(job.failed) == 2
-    eager = numbers["dsen"]["eager"]
+    numbers = sections.measure_steps(job, "dsen", ["this code", "broken"])
+    assert list(numbers) == ["this code"]
+    assert len(job.failed) == 1
     gflop = 3 * 2e-9 * 2 * 16 * 16 * model.build("dsen").macs_per_pixel()
-    assert eager["tflops"] == pytest.approx(1e-3 * gflop / eager["median"])
-    assert len(bench.step_rows(numbers, CPU)) == 2
-
-
-def test_compiling_and_graphs_are_for_gpus():
-    assert bench.ways_for(CPU) == ["eager"]
-    assert bench.ways_for(torch.device("cuda")) == list(bench.WAYS)
+    assert numbers["this code"]["tflops"] == pytest.approx(1e-3 * gflop / numbers["this code"]["median"])
+    assert len(sections.step_rows("dsen, ", numbers, True)) == 1
 
 
 def test_candidates_of_a_convolution_hold_it_and_begin_with_it():
@@ -196,34 +196,31 @@ def test_rates_of_padded_convolutions_are_nominal():
 
 
 def test_share_of_waiting_for_crops():
-    settings = resolve("sdsen_s2", {"batch_size": 2, "patch_size": 16})
-    numbers = bench.measure_data(settings, CPU, lambda: time.sleep(0.02), (20, 24), 2, 3)
-    assert list(numbers) == ["stored pairs", "rain drawn, rain100h"]
+    numbers = sections.measure_data(tiny_job(), lambda: time.sleep(0.02), 3, images=2)
+    assert list(numbers) == ["stored pairs", "synthetic rain"]
     for row in numbers.values():
         waiting, step = row["waiting"]["median"], row["step"]["median"]
         assert step >= 0.02
         assert row["waiting_share"] == pytest.approx(waiting / (waiting + step))
         assert row["making_share"] == pytest.approx(row["making"]["median"] / (waiting + step))
-    lines = bench.table("title", ["making", "waiting"], bench.data_rows(numbers)).splitlines()
-    assert f"({numbers['stored pairs']['waiting_share']:.2%})" in lines[1]
 
 
-@pytest.mark.parametrize("name", sorted({*bench.variants_for(CPU)} - {"bf16, torch.compile"}))
+SETTINGS = resolve("sdsen_s2", {"batch_size": 4, "patch_size": 16})
+
+
+@pytest.mark.parametrize("name", sorted({*workloads.variants_for(CPU)} - {"bf16, torch.compile", "reference"}))
 def test_every_variant_does_the_same_step(name):
-    settings = resolve("sdsen_s2", {"batch_size": 4, "patch_size": 16})
-    losses = [bench.make_variant(variant, settings, CPU, (4, 16))() for variant in ("reference, float32", name)]
+    losses = [workloads.make("training", variant, SETTINGS, CPU, (4, 16))() for variant in ("reference", name)]
     tolerance = 2e-3 if name.startswith("bf16") else 1e-2 if "bf16" in name else 1e-6
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
     assert "bf16" not in name or losses[1] != losses[0]
 
 
-def test_rows_of_variants_say_when_a_preparation_has_paid():
-    def row(median, preparation):
-        return {"median": median, "ratio": 2.0 / median, "preparation": preparation, "peak": {"added": 3 * 2**20}}
-
-    rows = bench.variant_rows({"default": row(2.0, 1.0), "compiled": row(1.5, 61.0), "worse": row(3.0, 50.0)})
-    assert rows[1] == ["compiled", "1.5000", "1.33", "61.0 (after 120 steps)", "3"]
-    assert rows[2][3] == "50.0"
+def test_the_variant_without_a_compiler_has_no_library(monkeypatch):
+    found = []
+    monkeypatch.setattr(workloads, "train_step", lambda *_, **__: found.append(native.library()) or {"loss": 0.0})
+    workloads.make("training", "float32 without a C++ compiler", SETTINGS, CPU, (4, 16))()
+    assert found == [None]
 
 
 def test_the_papers_training_is_projected_from_a_part_of_it():
@@ -242,28 +239,37 @@ def test_the_papers_training_is_projected_from_a_part_of_it():
 SMALL_DSEN = "--batch_size 2 -p dsen --channel 2 --depth 4 --patch_size 16 --val_images 1".split()
 
 
-def test_the_papers_training_is_stopped_after_a_part_of_it(tmp_path):
+@pytest.mark.slow
+def test_the_papers_training_is_stopped_after_a_part_of_it(tmp_path, data_dir):
     path = tmp_path / "numbers.json"
-    trainings.main(["run", "--device", "cpu", "--steps", "2", "--json", str(path), *SMALL_DSEN])
+    trainings.main(
+        ["run", "--device", "cpu", "--steps", "2", "--json", str(path), "--data_dir", str(data_dir), *SMALL_DSEN]
+    )
     numbers = report.read(path)["paper"]
     assert all(numbers[name] > 0 for name in ("start", "step", "validation"))
     assert numbers["whole"] > 20000 * numbers["step"]
 
 
 def test_a_training_that_fails_is_reported():
-    with pytest.raises(UserError):
-        trainings.main(["run", "--device", "cpu", "--steps", "2", "--patch_size", "0"])
+    command = [sys.executable, "-c", "print('why'); raise SystemExit(2)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with pytest.raises(LostProcess, match="why"):
+        trainings.finish(process)
 
 
-def test_float32_and_bf16_are_trained_alike_and_compared(tmp_path):
+@pytest.mark.slow
+def test_float32_and_bf16_are_trained_alike_and_compared(tmp_path, data_dir):
     path = tmp_path / "numbers.json"
-    trainings.main(["curve", "--device", "cpu", "--steps", "2", "--json", str(path), *SMALL_DSEN])
+    trainings.main(
+        ["curve", "--device", "cpu", "--steps", "2", "--json", str(path), "--data_dir", str(data_dir), *SMALL_DSEN]
+    )
     numbers = report.read(path)["curve"]
     assert list(numbers["float32"]) == list(numbers["bf16"]) == ["1", "2"]
     assert numbers["end"] == pytest.approx(numbers["bf16"]["2"] - numbers["float32"]["2"])
     assert abs(numbers["end"]) <= numbers["largest"] < 0.1
 
 
+@pytest.mark.slow
 def test_what_16_bits_change_in_images(tmp_path):
     settings = resolve("sdsen_s2", {"model_dir": str(tmp_path), "channel": 2, "depth": 4})
     torch.manual_seed(0)
@@ -292,17 +298,17 @@ def cells(numbers):
 
 
 def test_targets_with_and_without_numbers():
-    peaks = {"product": {"added": 3 * 2**20}, "reference": {"added": 9 * 2**20}}
+    peaks = {"this code": {"added": 3 * 2**20}, "reference": {"added": 9 * 2**20}}
     numbers = {
         "machine": {"device": "cuda:0", "gpu": "a GPU"},
         "sizes": {"image": [321, 481], "images": 16, "batch": 64, "patch": 64},
-        "inference": {"product": {"median": 0.0101}},
-        "images": {"product": {"median": 0.16}},
+        "inference": {"this code": {"median": 0.0101}},
+        "images": {"this code": {"median": 0.16}},
         "training": {"speedup": 7.5, "peaks": peaks},
         "steps": {"sdsen": {"eager": {"median": 0.085}, "compiled": {"median": 0.0787}}, "dsen": {}},
         "paper": {"whole": 960.0},
         "outputs": {"bf16": {"p999": 0.5}},
-        "data": {"rain drawn, rain100h": {"waiting_share": 0.031}},
+        "data": {"synthetic rain": {"waiting_share": 0.031}},
         "curve": {"end": -0.04, "largest": 0.2},
     }
     expected = [[85.0, 78.7], [7.5], [], [16.0], [10.1], [10.0], [0.5], [3, 9], [3.1], [-0.04, 0.2]]

@@ -1,1 +1,1 @@
-"""The paper's tables and studies."""
+"""The S-DSEN paper's tables and claims: rows as runs, archives of runs, results, rendered tables, two studies."""
