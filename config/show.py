@@ -9,13 +9,13 @@ call's images. `python show.py -h` lists the settings.
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -65,16 +65,13 @@ def derain(
     started = time.perf_counter()
     try:
         O = to_network(image).to(device)
-        stages = []
-        for restored in restore(network, O, how, stage_num):
-            stages.append(from_network(restored, image))
-        change = torch.sub(restored, O, out=restored).abs_().mean().item() * 255
+        stages = [from_network(restored, image) for restored in restore(network, O, how, stage_num)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        size = f"{image.shape[1]}x{image.shape[0]}"
-        raise OutOfMemory(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
+        raise OutOfMemory(f"{path} is too large for the memory of {device}: make it smaller") from None
     seconds = time.perf_counter() - started
+    change = cv2.norm(image, stages[-1], cv2.NORM_L1) / image.size / np.iinfo(image.dtype).max * 255
     rows = []
     if paired:
         rows = [scores(to_tensor(x).to(device), to_tensor(ground_truth)) for x in (image, *stages)]
@@ -84,19 +81,13 @@ def derain(
 def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
     """The files to restore, each once: those of the `given` files and folders, or the test set's pairs."""
     if given is None:
-        folder = data_path(settings) / "test"
-        if not folder.is_dir():
-            raise MissingFile(f"{folder}, the checkpoint's test set, is missing: name --data_dir, or images with -i")
-        return list_pairs(folder)
+        return list_pairs(data_path(settings) / "test")
     paths: dict[Path, Path] = {}  # by the resolved path, so that an image that is named twice is restored once
     for path in (Path(word).expanduser() for word in given):
-        if not path.exists():
-            raise MissingFile(f"{path} is missing: -i takes image files and folders")
-        files = list_images(path) if path.is_dir() else [path]
+        files = list_images(path) if path.is_dir() else [path] if path.exists() else []
         if not files:
-            raise MissingFile(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        for file in files:
-            paths.setdefault(file.resolve(), file)
+            raise MissingFile(f"{path} is missing or holds no images ({', '.join(sorted(SUFFIXES))})")
+        paths.update((file.resolve(), paths.get(file.resolve(), file)) for file in files)
     return list(paths.values())
 
 
@@ -109,28 +100,25 @@ def refuse_to_overwrite(paths: list[Path], folders: list[Path]) -> None:
 
 
 def result_stems(paths: list[Path], stage_num: int) -> list[str]:
-    """The stems of the results' names: the inputs', with _2, _3, ... where an earlier input takes that name.
+    """The stems of the results' names: the inputs', with _2, _3, ... where an earlier result has such a name.
 
-    The names of `stage_num` stages are kept free as well.
+    The names of `stage_num` stages are kept free as well. Suffixes do not count: a result's may be another one.
     """
-    stems, taken = [], set()
+    stems: list[str] = []
+    taken: set[str] = set()
     for path in paths:
-        for count in itertools.count(1):
-            stem = path.stem if count == 1 else f"{path.stem}_{count}"
-            names = stage_names(stem, path.suffix, stage_num)
-            if path.suffix.lower() not in ANY_DEPTH:  # it may have to be written as PNG: see `result_suffix`
-                names += stage_names(stem, ".png", stage_num)
-            folded = {name.casefold() for name in names}  # on some file systems A.png and a.png are one file
-            if not folded & taken:
-                break
-        taken |= folded
+        stem, count = path.stem, 1
+        while taken & {*stage_names(stem.casefold(), stage_num)}:  # on some file systems A.png and a.png are one file
+            count += 1
+            stem = f"{path.stem}_{count}"
+        taken |= {*stage_names(stem.casefold(), stage_num)}
         stems.append(stem)
     return stems
 
 
-def stage_names(stem: str, suffix: str, stage_num: int) -> list[str]:
-    """The names of a result and of its `stage_num` stages."""
-    return [f"{stem}{suffix}", *(f"{stem}_stage{t}{suffix}" for t in range(1, stage_num + 1))]
+def stage_names(stem: str, stage_num: int) -> list[str]:
+    """The stems of a result and of its `stage_num` stages."""
+    return [stem, *(f"{stem}_stage{t}" for t in range(1, stage_num + 1))]
 
 
 def result_suffix(path: Path, image: np.ndarray) -> str:
@@ -143,16 +131,12 @@ def result_suffix(path: Path, image: np.ndarray) -> str:
 
 def summarize(items: Sequence[Restored]) -> str:
     """The mean scores if there are any, and the network's mean time."""
-    text = ""
-    if items[0].scores:
-        parts = []
-        for name, form in (("psnr", "{:.2f} -> {:.2f} dB"), ("ssim", "{:.4f} -> {:.4f}")):
-            rows = np.array([(item.scores[0][name], item.scores[-1][name]) for item in items])
-            rows = rows[~np.isnan(rows[:, 0])]  # an image smaller than SSIM's window has none
-            if len(rows):
-                parts.append(f"{name.upper()} {form.format(*rows.mean(0))}")
-        text = f"mean {', '.join(parts)} (8-bit RGB), "
-    return f"{text}{np.mean([item.seconds for item in items]):.2f} s per image"
+    parts = [f"mean {np.mean([item.seconds for item in items]):.2f} s per image"]
+    for name, text in (("psnr", "PSNR {:.2f} -> {:.2f} dB"), ("ssim", "SSIM {:.4f} -> {:.4f}")):
+        rows = [(item.scores[0][name], item.scores[-1][name]) for item in items if item.scores]
+        rows = [row for row in rows if not np.isnan(row[0])]  # an image smaller than SSIM's window has none
+        parts += [text.format(*np.mean(rows, 0))] if rows else []
+    return ", ".join(parts)
 
 
 def main(arguments: list[str]) -> int:
@@ -207,31 +191,25 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         return 1
     items, entries = zip(*results, strict=True)
     page = gallery.write(entries, f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summarize(items))
-    report(items, folder, page)
+    close = sum(item.change < NEARLY_INPUT for item in items)
+    if close:
+        log.warning(
+            f"warning: {close} of {len(items)} results are nearly their input: hardly any rain, or a network that was "
+            "hardly trained"
+        )
+    hint = " (./explore.sh opens it)" if page.parent == ROOT / "showdir" else ""
+    log.info(f"{summarize(items)}\nresults: {folder}\npage: {page}{hint}")
     return int(len(items) < len(paths))
 
 
 def write_result(item: Restored, path: Path, folder: Path, stem: str, stage_num: int) -> str:
     """Write an image's result, and `stage_num` of its stages, to `folder`; returns the result's name."""
-    names = stage_names(stem, result_suffix(path, item.image), stage_num)
-    for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
-        write_image(folder / name, image)
+    suffix = result_suffix(path, item.image)
+    for name, image in zip(stage_names(stem, stage_num), [item.stages[-1], *item.stages], strict=False):
+        write_image(folder / f"{name}{suffix}", image)
     if not in_terminal():
-        psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if item.scores else ""
-        log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
-    return names[0]
-
-
-def report(items: Sequence[Restored], folder: Path, page: Path) -> None:
-    """Log the scores and where the results are; warn where they are nearly the input."""
-    close = sum(item.change < NEARLY_INPUT for item in items)
-    if close:
-        log.warning(
-            f"warning: {close} of {len(items)} results are nearly their input, changed by less than {NEARLY_INPUT} of "
-            "255 levels on average: these images have hardly any rain, or the network was hardly trained"
-        )
-    hint = " (./explore.sh opens it)" if page.parent == ROOT / "showdir" else ""
-    log.info(f"{summarize(items)}\nresults: {folder}\npage: {page}{hint}")
+        log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {summarize([item])}")
+    return f"{stem}{suffix}"
 
 
 if __name__ == "__main__":
