@@ -18,7 +18,7 @@ import show
 from base.errors import BadArgument, MissingFile, Occupied
 from base.files import ROOT
 from base.images import read_image, write_image
-from runs import checkpoints, gallery
+from runs import checkpoints
 from runs.checkpoints import Checkpoint
 from runs.restore import Restoring, open_network, restore, score_pairs
 from settings import resolve
@@ -410,9 +410,9 @@ def test_a_new_page_leaves_no_previews_of_the_former_one(run, tmp_path, picture)
 
 
 def test_previews_are_small(tmp_path, picture):
-    shown = gallery.Gallery(tmp_path)
+    gallery = show.Gallery(tmp_path)
     image = cv2.resize(picture(20, 40, 3), (4000, 2000))
-    entry = shown.entry(1, gallery.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
+    entry = gallery.entry(1, show.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
     paths = [tmp_path / view["url"] for view in entry["views"]]
     assert {read_image(path).shape for path in paths} == {(800, 1600, 3)}
     assert {path.suffix for path in paths} == {".jpg"}
@@ -420,11 +420,11 @@ def test_previews_are_small(tmp_path, picture):
 
 def test_the_rain_layer_is_made_visible_by_a_gain_that_clips_little(picture):
     O = np.full((50, 50, 3), 100, np.uint8)
-    layer, gain = gallery.rain_layer(O, O - 20)
+    layer, gain = show.rain_layer(O, O - 20)
     assert gain == 8
     assert (layer == 160).all()
-    layer, gain = gallery.rain_layer(O, O + 20)  # brightened
+    layer, gain = show.rain_layer(O, O + 20)  # brightened
     assert (layer == 0).all()
-    layer, gain = gallery.rain_layer(np.full_like(O, 255), np.zeros_like(O))
+    layer, gain = show.rain_layer(np.full_like(O, 255), np.zeros_like(O))
     assert gain == 1
     assert (layer == 255).all()

@@ -2,7 +2,7 @@
 
 import io
 import platform
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +18,11 @@ from settings import FIELDS, NETWORK_FIELDS, Settings, from_dict, map_paths, ove
 
 FORMAT = 1
 OTHER_VALIDATION = {"data_dir", "val_images", "stage_num"}  # with these changed, PSNRs are not those of before
-EXPORT_ARGUMENTS = ("run", "data_dir", "stage_num", "model_dir", "log_level")
 
 
 @dataclass
 class Checkpoint:
-    """All that a training needs to resume as if it had never stopped.
-
-    The learning rate and the crops follow from settings and step.
-    """
+    """All that a training needs to resume; the learning rate and the crops follow from settings and step."""
 
     network: dict[str, torch.Tensor]
     step: int = 0
@@ -41,16 +37,12 @@ class Checkpoint:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-NAMES = [each.name for each in fields(Checkpoint)]
-
-
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint. Raises NotWritable where that fails, and leaves the old file as it was."""
-    values = {name: getattr(checkpoint, name) for name in NAMES}
-    values["settings"] = checkpoint.settings and to_dict(checkpoint.settings)
-    values["versions"] = {"torch": str(torch.__version__), "python": platform.python_version()}
+    settings = checkpoint.settings and to_dict(checkpoint.settings)
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **values}, buffer)
+    torch.save({"format": FORMAT, **vars(checkpoint), "settings": settings, "versions": versions}, buffer)
     write_bytes(path, buffer.getvalue())
 
 
@@ -73,15 +65,14 @@ def load(path: Path) -> Checkpoint:
     settings = values["settings"] and from_dict(values["settings"])
     if stages := values.get("stages"):  # a former version raised the number of stages while it trained: that so far
         settings = override(settings, {"stage_num": stages})
-    known = {name: value for name, value in values.items() if name in NAMES}  # a later version may add others
-    return Checkpoint(**{**known, "settings": settings})
+    fields = Checkpoint.__dataclass_fields__  # a later version may add others
+    return Checkpoint(**{**{name: value for name, value in values.items() if name in fields}, "settings": settings})
 
 
 def find(name: str, model_dir: Path) -> Path:
     """The file of a checkpoint: a path, a run (its best, or latest), or a file of `model_dir` (`.pth` may be left off).
 
-    A run of one's own takes precedence over pretrained weights of that name. Raises MissingFile, which lists the runs
-    and files that there are.
+    A run of one's own takes precedence over pretrained weights of that name. Raises MissingFile.
     """
     folder = model_dir / name
     for path in (Path(name), folder, folder / "best.pth", folder / "latest.pth", model_dir / f"{name}.pth"):
@@ -93,10 +84,7 @@ def find(name: str, model_dir: Path) -> Path:
 
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path, average: bool = False) -> None:
-    """Put a checkpoint's weights, or their `average` if it has one, into a network.
-
-    Raises Mismatch where they belong to another architecture.
-    """
+    """Put a checkpoint's weights, or their `average` if it has one, into a network. Raises Mismatch."""
     own, given = network.state_dict(), (checkpoint.average if average else None) or checkpoint.network
     wrong = sorted(own.keys() ^ given.keys())
     wrong += [name for name in own if name in given and own[name].shape != given[name].shape]
@@ -154,9 +142,8 @@ def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]
 
 def _run_named(name: str, model_dir: Path) -> str:
     """The run that -m NAME or -m NAME/latest names; empty where it names something else."""
-    run, _, file = name.partition("/")
-    is_run = run and file in ("", "latest", "latest.pth") and (model_dir / run / "latest.pth").is_file()
-    return run if is_run else ""
+    run = name.removesuffix(".pth").removesuffix("/latest") if "/" in name else name
+    return run if run and "/" not in run and (model_dir / run / "latest.pth").is_file() else ""
 
 
 def _find_source(settings: Settings, latest: Path, name: str | None) -> Path:
@@ -173,7 +160,7 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     file's name, `--data_dir` the data set that it is tested on by default, `--stage_num` its number of stages. Folders
     outside the repository, which belong to one machine, are left out.
     """
-    if strange := overrides.keys() - set(EXPORT_ARGUMENTS):
+    if strange := overrides.keys() - {"run", "data_dir", "stage_num", "model_dir", "log_level"}:
         raise BadArgument(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
     model_dir, run = Path(resolve(overrides=overrides).model_dir), overrides.get("run")
     sources = [find(name, model_dir) for name in names]

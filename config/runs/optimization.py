@@ -68,10 +68,7 @@ class Outcome(NamedTuple):
 
 
 def split_batch(settings: Settings, *batch: Tensor) -> list[tuple[Tensor, ...]]:
-    """A batch (O, B) or (O, B, labels) in parts that go through the network one after another.
-
-    There are `accumulate` of them; on the CPU more, as few crops at a time take less memory and are faster.
-    """
+    """A batch (O, B) or (O, B, labels) in `accumulate` parts; on the CPU more, which take less memory and time."""
     O, *_ = batch
     count = math.ceil(len(O) / settings.accumulate)
     if O.device.type == "cpu":
@@ -114,8 +111,5 @@ def can_record(settings: Settings, device: torch.device) -> bool:
     in_parts = ranks.count() > 1 or settings.accumulate > 1 or settings.checkpoint_activations
     possible = device.type == "cuda" and not in_parts
     if settings.cuda_graphs == "on" and not possible:
-        raise BadArgument(
-            f"--cuda_graphs on records a step on one CUDA GPU (this is {device}), in one process, without --accumulate "
-            "and --checkpoint_activations"
-        )
+        raise BadArgument("--cuda_graphs on needs one CUDA GPU, without --accumulate and --checkpoint_activations")
     return settings.cuda_graphs != "off" and possible

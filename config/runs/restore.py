@@ -104,10 +104,7 @@ def restore(network: nn.Module, O: Tensor, how: Restoring = DEFAULT, stage_num: 
 def _with_mirror(
     network: nn.Module, O: Tensor, stage_num: int | None, memory_gib: float, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
-    """The means of the rain layers of `O` and, mirrored back, of its mirror image.
-
-    The mirror image goes first, and all its rain layers are kept: 12 bytes per pixel and stage.
-    """
+    """The means of the rain layers of `O` and, mirrored back, of its mirror image, which are all kept meanwhile."""
     mirrored, upright = (
         rain_layers(network, image, stage_num, memory_gib, lambda share: tick(share / 2)) for image in (O.flip(-1), O)
     )

@@ -44,10 +44,9 @@ except ModuleNotFoundError:  # TensorBoard is not needed to train
 
 
 class Curves:
-    """The event file of a training; without tensorboardX, or a `folder`, nothing is written.
+    """TensorBoard's event file; without tensorboardX, or a `folder`, nothing is written. Raises NotWritable.
 
-    tensorboardX's SummaryWriter writes in a thread, which on a full disk ends with a traceback while the program hangs.
-    A method of this class that cannot write raises NotWritable.
+    Not tensorboardX's SummaryWriter: it writes in a thread, and on a full disk the program hangs.
     """
 
     def __init__(self, folder: Path | None, step: int):
@@ -65,10 +64,6 @@ class Curves:
         """One point of each curve `split/name`."""
         if self.writer:
             self._write(*(Event(step=step, summary=scalar(f"{split}/{name}", v)) for name, v in values.items()))
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
 
     def _write(self, *events: Any) -> None:
         try:
@@ -187,15 +182,13 @@ class Training:
         self.saved_at = time.monotonic()
         if not ranks.is_first():
             return
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         checkpoint = Checkpoint(
             self.network.state_dict(),
             self.step,
             self.requested,
             self.optimizer.state_dict(),
-            random,
+            {"cpu": torch.get_rng_state(), **cuda},
             self.best_psnr,
             seconds=self.seconds + time.monotonic() - self.started,
             device=describe(self.device),
@@ -242,22 +235,20 @@ class Training:
 
     @contextmanager
     def running(self) -> Iterator[tqdm]:
-        """Within this, the run is locked, log and curves go to its folder, and there is a progress bar in a terminal.
-
-        A full memory or a lost process becomes a UserError.
-        """
+        """Within this, the run is locked and has log and curves; a full memory or lost process becomes a UserError."""
         settings, terminal = self.settings, in_terminal()
         with ExitStack() as stack:
             if ranks.is_first():
                 self._open_log(stack, settings.log_path)
             self.curves = Curves(settings.log_path if ranks.is_first() else None, self.step)
-            stack.callback(self.curves.close)
+            if self.curves.writer:
+                stack.callback(self.curves.writer.close)
             self._log_start()
             self._start_lap()
             self.network.train()
             compile_network(self.network, settings, self.device, settings.steps - self.step)
             bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
-            stack.enter_context(bar)
+            stack.callback(bar.close)
             stack.enter_context(logging_redirect_tqdm([log] if terminal else []))
             try:
                 yield bar
@@ -295,11 +286,9 @@ class Training:
         dtype = str(compute_dtype(settings.precision, self.device, training=True)).removeprefix("torch.")
         size = f"{model.count_parameters(self.network)} parameters"
         log.info(f"run {settings.run}, steps {self.step} to {settings.steps}: {size}, {dtype} on {self.device}")
-        if ranks.count() > 1:
-            log.info(f"{ranks.count()} processes share each batch of {settings.batch_size} crops")
 
     def _start_lap(self) -> None:
-        """A lap is from one line of the log to the next: its steps, and seconds spent waiting for crops."""
+        """A lap is from one line of the log to the next: its steps, and seconds of waiting for crops."""
         self.lap_started, self.lap_steps, self.waited = time.monotonic(), 0, 0.0
 
     def log_step(self, result: dict[str, float], rate: float) -> dict[str, str]:
@@ -308,9 +297,8 @@ class Training:
         speed, wait_share = self.lap_steps * settings.batch_size / seconds, self.waited / seconds
         left = timedelta(seconds=round((settings.steps - self.step) * seconds / self.lap_steps))
         psnr = result[f"stage_{self.network.output_num}/psnr"]
-        self.curves.add(
-            self.step, "train", {**result, "lr": rate, "images_per_second": speed, "wait_share": wait_share}
-        )
+        speeds = {"images_per_second": speed, "wait_share": wait_share}
+        self.curves.add(self.step, "train", {**result, "lr": rate, **speeds})
         log.info(
             f"step {self.step}/{settings.steps}  loss {result['loss']:.6f}  psnr {psnr:.2f} dB  lr {rate:g}  "
             f"{speed:.1f} images/s  waiting for data {wait_share:.1%}  left {left}"

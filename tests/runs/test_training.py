@@ -284,6 +284,5 @@ def test_without_tensorboardx_there_is_a_line_and_no_file(tmp_path, monkeypatch)
     monkeypatch.setattr(training.log, "warning", lines.append)
     nothing = training.Curves(tmp_path, 0)
     nothing.add(1, "train", {"a": 1.0})
-    nothing.close()
     assert len(lines) == 1
     assert not list(tmp_path.iterdir())
