@@ -139,7 +139,7 @@ def result_suffix(path: Path, image: np.ndarray) -> str:
 
 def summarize(items: Sequence[Restored]) -> str:
     """The mean scores if there are any, and the network's mean time."""
-    parts = [f"mean {np.mean([item.seconds for item in items]):.2f} s per image"]
+    parts = [f"{np.mean([item.seconds for item in items]):.2f} s per image"]
     for name, text in (("psnr", "PSNR {:.2f} -> {:.2f} dB"), ("ssim", "SSIM {:.4f} -> {:.4f}")):
         rows = [(item.scores[0][name], item.scores[-1][name]) for item in items if item.scores]
         rows = [row for row in rows if not np.isnan(row[0])]  # an image smaller than SSIM's window has none
