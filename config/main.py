@@ -6,7 +6,6 @@
     python main.py -a models
     python main.py -a tables --run dsen_rain800
     python main.py -a tilt -m cnn dsen
-    python main.py -a stages -m sdsen
 
 `python main.py -h` lists the settings.
 """
@@ -14,6 +13,7 @@
 import csv
 import io
 import math
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ from dataset import data_path, list_pairs
 from datasets.loader import training_batches
 from fast import graphs
 from fast.graphs import Replay
-from paper import command, stages, tilt
+from paper import command, tilt
 from presets import PRESETS
-from runs.export import export
-from runs.optimization import Outcome, clip_gradients, learning_rate, split_batch, step_scores, synchronized
+from runs.checkpoints import choose_start, export
+from runs.optimization import Outcome, learning_rate, split_batch, step_scores, synchronized
 from runs.restore import NEARLY_INPUT, Restoring, open_network, score_pairs
-from runs.start import choose_start
 from runs.training import Training
 from settings import Settings, make_parser, read_overrides
 
@@ -76,9 +75,7 @@ def train_step(
     `labels` (N, H, W) are for losses that compare them. Returns `loss`, and where `scored` the loss's other terms,
     `stage_t/psnr` and `stage_t/ssim`. A loss that is not finite leaves the weights as they were. The batch goes through
     the network in parts whose gradients add up, or at once through `recorded`, what `record_step` made.
-
-    With several ranks, each has its part of the batch, `network` is DistributedDataParallel, and the results are those
-    of the whole batch.
+    With several ranks, each has its part of the batch, and the results are those of the whole batch.
     """
     criterion = criterion or losses.build(settings)
     batch = (O, B) if labels is None else (O, B, labels)
@@ -97,7 +94,8 @@ def train_step(
     if not math.isfinite(total):
         return {"loss": total}
     ranks.average_gradients(criterion)
-    clip_gradients(settings, network, criterion)
+    if settings.clip_norm:
+        nn.utils.clip_grad_norm_([*network.parameters(), *criterion.parameters()], settings.clip_norm)
     optimizer.step()
     if scored:
         scores = dict(zip(scores, ranks.total(list(scores.values())), strict=True))
@@ -139,8 +137,8 @@ def train_loop(training: Training, bar: tqdm, interrupt: Interrupt) -> None:
             bar.set_postfix(training.log_step(result, rate))
         if training.step % settings.save_steps == 0 or training.step == settings.steps:
             training.validate_and_save()
-        else:
-            training.save_after(settings.save_minutes)
+        elif time.monotonic() - training.saved_at > 60 * settings.save_minutes:
+            training.save("latest")
     if training.step < settings.steps:
         training.save("latest")
 
@@ -162,45 +160,36 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
     folder, device = data_path(settings) / "test", pick_device(settings.device)
     paths = list_pairs(folder)
     log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {device}")
-    rows, mine = [], len(ranks.share(paths))
-    with tqdm(total=mine, unit="image", disable=not in_terminal(), dynamic_ncols=True) as bar:
-        for pair in score_pairs(network, paths, device, Restoring.of(settings)):
-            change = (pair.restored[-1].float() - pair.O.float()).abs().mean().item()
-            rows.append((pair.path.name, *pair.O.shape[1:], change, pair.scores))
-            bar.update()
-            if bar.disable and len(rows) % 20 == 0:
-                log.info(f"{len(rows)} of {mine} images")
+    rows, total = [], len(ranks.share(paths))
+    pairs = score_pairs(network, paths, device, Restoring.of(settings))
+    for pair in tqdm(pairs, total=total, unit="image", disable=not in_terminal(), dynamic_ncols=True):
+        change = (pair.restored[-1].float() - pair.O.float()).abs().mean().item()
+        rows.append((pair.path.name, *pair.O.shape[1:], change, pair.scores))
     rows = ranks.gather(rows)
     if not ranks.is_first():
         return
-    *_, changes, scores = zip(*rows, strict=True)
-    log_scores(np.nanmean(scores, 0))
-    if np.mean(changes) < NEARLY_INPUT:
-        log.warning(f"warning: the output is nearly the input, {np.mean(changes):.2f} of 255 levels apart on average")
-    own_run = path.parent.name == settings.run
-    csv_path = Path(settings.log_dir) / (path.parent.name if own_run else "") / f"test_{path.stem}.csv"
+    own_folder = settings.log_path if path.parent.name == settings.run else Path(settings.log_dir)
+    csv_path = own_folder / f"test_{path.stem}.csv"
     write_scores(csv_path, rows)
     log.info(f"8-bit RGB, and Y of rgb2ycbcr, means over {len(paths)} images; each image's scores: {csv_path}")
-
-
-def places(count: int) -> list[str]:
-    """What is scored: the input and the stages, `count` in all."""
-    return ["input", *(f"stage_{t}" for t in range(1, count))]
-
-
-def log_scores(means: np.ndarray) -> None:
-    """A table of mean scores (1 + stages, METRICS)."""
-    log.info(f"{'':10}" + "".join(f"{metric:>10}" for metric in METRICS))
-    for place, row in zip(places(len(means)), means, strict=True):
-        log.info(f"{place:10}" + "".join(f"{value:10.4f}" for value in row))
+    change = np.mean([row[3] for row in rows])
+    if change < NEARLY_INPUT:
+        log.warning(f"warning: the output is nearly the input, {change:.2f} of 255 levels apart on average")
 
 
 def write_scores(path: Path, rows: list[tuple[str, int, int, float, np.ndarray]]) -> None:
-    """A CSV of images: name, height, width, mean change by the network, scores (1 + stages, METRICS)."""
-    columns = [f"{metric}_{place}" for place in places(len(rows[0][-1])) for metric in METRICS]
+    """Log mean scores, and write a CSV of images: name, height, width, mean change by the network, scores.
+
+    The scores of an image are (1 + stages, METRICS): those of the input, then after each stage.
+    """
+    means = np.nanmean([row[-1] for row in rows], 0)
+    places = ["input", *(f"stage_{t}" for t in range(1, len(means)))]
+    log.info(" " * 10 + "".join(f"{metric:>10}" for metric in METRICS))
+    for place, values in zip(places, means, strict=True):
+        log.info(f"{place:10}" + "".join(f"{value:10.4f}" for value in values))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "height", "width", "change", *columns])
+    writer.writerow(["image", "height", "width", "change", *(f"{metric}_{p}" for p in places for metric in METRICS)])
     for name, height, width, change, scores in rows:
         writer.writerow([name, height, width, f"{change:.4f}", *(f"{value:.6f}" for value in scores.flat)])
     write_bytes(path, text.getvalue().encode())
@@ -208,27 +197,24 @@ def write_scores(path: Path, rows: list[tuple[str, int, int, float, np.ndarray]]
 
 def models() -> None:
     """`-a models`: the presets with their parameters, cost and row of the paper."""
-    log.info(f"{'preset':27}{'parameters':>10}{'stages':>8}{'MACs/pixel':>12}  row of the paper")
+    form = "{:27}{:>10}{:>8}{:>12}  {}"
+    log.info(form.format("preset", "parameters", "stages", "MACs/pixel", "row of the paper"))
     for name, preset in PRESETS.items():
         network = model.build(name)
-        log.info(
-            f"{name:27}{model.count_parameters(network):>10}{network.output_num:>8}"
-            f"{network.macs_per_pixel():>12}  {preset.row}"
-        )
+        costs = (model.count_parameters(network), network.output_num, network.macs_per_pixel())
+        log.info(form.format(name, *costs, preset.row))
 
 
-ACTIONS = ("train", "test", "export", "models", "tables", "tilt", "stages")
+ACTIONS = ("train", "test", "export", "models", "tables", "tilt")
 
 
 def check_arguments(action: str, preset: str | None, names: list[str], words: list[str]) -> None:
     """Raise BadArgument where an action gets what it does not take."""
-    if action in ("models", "tables") and (preset or names):
-        raise BadArgument(f"-a {action} takes no -p and no -m")
-    if action == "models" and words:
-        raise BadArgument("-a models takes no other argument")
-    if action in ("export", "tilt", "stages") and (preset or not names):
+    if action in ("models", "tables") and (preset or names or (words and action == "models")):
+        raise BadArgument(f"-a {action} takes no -p and no -m{', nor any setting' * (action == 'models')}")
+    if action in ("export", "tilt") and (preset or not names):
         raise BadArgument(f"-a {action} is about checkpoints: name them with -m, without -p")
-    if action not in ("tilt", "export") and len(names) > 1:
+    if action not in ("export", "tilt") and len(names) > 1:
         raise BadArgument(f"-m takes one checkpoint, got {' '.join(names)}")
 
 
@@ -236,11 +222,8 @@ def main(arguments: list[str]) -> int:
     parser = make_parser("Train, test and list the networks of S-DSEN.")
     parser.add_argument("-a", "--action", required=True, choices=ACTIONS)
     parser.add_argument("-p", "--preset", help="a network of the paper: see -a models; default sdsen")
-    parser.add_argument(
-        *("-m", "--model"),
-        nargs="+",
-        help="a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean",
-    )
+    text = "a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean"
+    parser.add_argument("-m", "--model", nargs="+", help=text)
     if "tables" in arguments and {"-h", "--help"} & set(arguments):
         return command.main(["--help"])
     known, words = parser.parse_known_args(arguments)
@@ -259,8 +242,6 @@ def main(arguments: list[str]) -> int:
         with ranks.joined():
             if known.action == "tilt":
                 tilt.measure(names, overrides)
-            elif known.action == "stages":
-                stages.measure(names[0], overrides)
             else:
                 action = {"train": train, "test": test}[known.action]
                 action(known.preset, names[0] if names else None, overrides)

@@ -5,17 +5,22 @@
 
 Results are written to `showdir/RUN/` under the input's name and in the input's format: grey, alpha and 16 bits are
 kept. JPEG and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, shows the last
-call's images. `python show.py -h` lists the settings.
+call's images; it is show.html with its facts as JSON. `python show.py -h` lists the settings.
 """
 
 import argparse
-import itertools
+import json
+import math
+import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,16 +31,30 @@ from base import ranks
 from base.console import in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
 from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
-from base.files import ROOT
-from base.images import SUFFIXES, list_images, read_image, read_pair, write_image
+from base.files import write_bytes
+from base.images import SUFFIXES, list_images, read_image, read_pair, to_bgr8, write_image
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
-from runs.gallery import Gallery, Restored
 from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
 from settings import Settings, make_parser, read_overrides
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
+TEMPLATE = Path(__file__).with_name("show.html")
+MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
+LARGEST = 1600  # side of a preview, pixels
+
+
+@dataclass
+class Restored:
+    """One image before and after, in cv2's order."""
+
+    image: np.ndarray  # (H, W), (H, W, 3) or (H, W, 4), uint8 or uint16
+    stages: list[np.ndarray]  # the restored image after each stage, of the shape and type of `image`
+    ground_truth: np.ndarray | None  # (H, W, 3) uint8, if there is one
+    scores: list[dict[str, float]]  # of the input, then after each stage; empty without ground truth
+    change: float  # mean absolute difference of input and last stage, of 255 levels
+    seconds: float  # of the network
 
 
 def to_network(image: np.ndarray) -> Tensor:
@@ -57,24 +76,18 @@ def from_network(restored: Tensor, image: np.ndarray) -> np.ndarray:
 def derain(
     network: nn.Module, path: Path, paired: bool, device: torch.device, how: Restoring, stage_num: int
 ) -> Restored:
-    """Read an image, or the rainy half of a joined pair (`paired`), and restore it by the first `stage_num` stages.
-
-    Raises UserError where the file is damaged or too large.
-    """
+    """An image, or the rainy half of a joined pair (`paired`), restored by `stage_num` stages. Raises UserError."""
     ground_truth, image = read_pair(path) if paired else (None, read_image(path))
     started = time.perf_counter()
     try:
         O = to_network(image).to(device)
-        stages = []
-        for restored in restore(network, O, how, stage_num):
-            stages.append(from_network(restored, image))
-        change = torch.sub(restored, O, out=restored).abs_().mean().item() * 255
+        stages = [from_network(restored, image) for restored in restore(network, O, how, stage_num)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        size = f"{image.shape[1]}x{image.shape[0]}"
-        raise OutOfMemory(f"{path}, {size} pixels, is too large for the memory of {device}: make it smaller") from None
+        raise OutOfMemory(f"{path} is too large for the memory of {device}: make it smaller") from None
     seconds = time.perf_counter() - started
+    change = cv2.norm(image, stages[-1], cv2.NORM_L1) / image.size / np.iinfo(image.dtype).max * 255
     rows = []
     if paired:
         rows = [scores(to_tensor(x).to(device), to_tensor(ground_truth)) for x in (image, *stages)]
@@ -84,53 +97,36 @@ def derain(
 def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
     """The files to restore, each once: those of the `given` files and folders, or the test set's pairs."""
     if given is None:
-        folder = data_path(settings) / "test"
-        if not folder.is_dir():
-            raise MissingFile(f"{folder}, the checkpoint's test set, is missing: name --data_dir, or images with -i")
-        return list_pairs(folder)
+        return list_pairs(data_path(settings) / "test")
     paths: dict[Path, Path] = {}  # by the resolved path, so that an image that is named twice is restored once
     for path in (Path(word).expanduser() for word in given):
-        if not path.exists():
-            raise MissingFile(f"{path} is missing: -i takes image files and folders")
-        files = list_images(path) if path.is_dir() else [path]
+        files = list_images(path) if path.is_dir() else [path] if path.exists() else []
         if not files:
-            raise MissingFile(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        for file in files:
-            paths.setdefault(file.resolve(), file)
+            raise MissingFile(f"{path} is missing or holds no images ({', '.join(sorted(SUFFIXES))})")
+        paths.update((file.resolve(), paths.get(file.resolve(), file)) for file in files)
     return list(paths.values())
 
 
-def refuse_to_overwrite(paths: list[Path], folders: list[Path]) -> None:
-    """Raise Occupied where an input is in a folder that this call writes to."""
-    written = {folder.resolve() for folder in folders}
-    for path in paths:
-        if {path.parent.resolve(), path.resolve().parent} & written:
-            raise Occupied(f"{path} is in a folder that results are written to: name another one with --show_dir")
-
-
 def result_stems(paths: list[Path], stage_num: int) -> list[str]:
-    """The stems of the results' names: the inputs', with _2, _3, ... where an earlier input takes that name.
+    """The stems of the results' names: the inputs', with _2, _3, ... where an earlier result has such a name.
 
-    The names of `stage_num` stages are kept free as well.
+    The names of `stage_num` stages are kept free as well. Suffixes do not count: a result's may be another one.
     """
-    stems, taken = [], set()
+    stems: list[str] = []
+    taken: set[str] = set()
     for path in paths:
-        for count in itertools.count(1):
-            stem = path.stem if count == 1 else f"{path.stem}_{count}"
-            names = stage_names(stem, path.suffix, stage_num)
-            if path.suffix.lower() not in ANY_DEPTH:  # it may have to be written as PNG: see `result_suffix`
-                names += stage_names(stem, ".png", stage_num)
-            folded = {name.casefold() for name in names}  # on some file systems A.png and a.png are one file
-            if not folded & taken:
-                break
-        taken |= folded
+        stem, count = path.stem, 1
+        while taken & {*stage_names(stem.casefold(), stage_num)}:  # on some file systems A.png and a.png are one file
+            count += 1
+            stem = f"{path.stem}_{count}"
+        taken |= {*stage_names(stem.casefold(), stage_num)}
         stems.append(stem)
     return stems
 
 
-def stage_names(stem: str, suffix: str, stage_num: int) -> list[str]:
-    """The names of a result and of its `stage_num` stages."""
-    return [f"{stem}{suffix}", *(f"{stem}_stage{t}{suffix}" for t in range(1, stage_num + 1))]
+def stage_names(stem: str, stage_num: int) -> list[str]:
+    """The stems of a result and of its `stage_num` stages."""
+    return [stem, *(f"{stem}_stage{t}" for t in range(1, stage_num + 1))]
 
 
 def result_suffix(path: Path, image: np.ndarray) -> str:
@@ -143,16 +139,82 @@ def result_suffix(path: Path, image: np.ndarray) -> str:
 
 def summarize(items: Sequence[Restored]) -> str:
     """The mean scores if there are any, and the network's mean time."""
-    text = ""
-    if items[0].scores:
-        parts = []
-        for name, form in (("psnr", "{:.2f} -> {:.2f} dB"), ("ssim", "{:.4f} -> {:.4f}")):
-            rows = np.array([(item.scores[0][name], item.scores[-1][name]) for item in items])
-            rows = rows[~np.isnan(rows[:, 0])]  # an image smaller than SSIM's window has none
-            if len(rows):
-                parts.append(f"{name.upper()} {form.format(*rows.mean(0))}")
-        text = f"mean {', '.join(parts)} (8-bit RGB), "
-    return f"{text}{np.mean([item.seconds for item in items]):.2f} s per image"
+    parts = [f"{np.mean([item.seconds for item in items]):.2f} s per image"]
+    for name, text in (("psnr", "PSNR {:.2f} -> {:.2f} dB"), ("ssim", "SSIM {:.4f} -> {:.4f}")):
+        rows = [(item.scores[0][name], item.scores[-1][name]) for item in items if item.scores]
+        rows = [row for row in rows if not np.isnan(row[0])]  # an image smaller than SSIM's window has none
+        parts += [text.format(*np.mean(rows, 0))] if rows else []
+    return ", ".join(parts)
+
+
+def rain_layer(O: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, int]:
+    """The rain layer O - restored of two (H, W, 3) uint8 images, made visible: (H, W, 3) uint8 and its gain.
+
+    The gain is the largest of 1, 2, 4, 8 and 16 that clips at most 1 % of the samples. Negative samples are black.
+    """
+    rain = cv2.subtract(O, restored)  # clips at 0
+    peak = max(1.0, float(np.percentile(rain, 99)))
+    gain = max(g for g in (1, 2, 4, 8, 16) if g == 1 or g * peak <= 255)
+    return cv2.convertScaleAbs(rain, alpha=gain), gain
+
+
+class Gallery:
+    """The previews of images, one after another, and at the end the page."""
+
+    def __init__(self, show_dir: Path):
+        """Choose the previews' folder. Raises Occupied where there is an index.html that show.py did not write."""
+        self.show_dir, self.page = show_dir, show_dir / "index.html"
+        if self.page.exists() and MARK not in self.page.read_bytes():
+            raise Occupied(f"{self.page} was not written by show.py and is kept: name another folder with --show_dir")
+        self.former = [path for path in (show_dir / "page").glob("*") if path.name.isdecimal()]
+        self.folder = show_dir / "page" / str(1 + max((int(path.name) for path in self.former), default=0))
+
+    def entry(self, number: int, item: Restored, source: Path, result: str) -> dict[str, Any]:
+        """Write the previews of image `number` and return its part of the page.
+
+        `source` is the file it was read from, `result` the file it was written to, relative to show_dir.
+        """
+        O, *stages = (to_bgr8(image) for image in (item.image, *item.stages))
+        layer, gain = rain_layer(O, stages[-1])
+        pictures = {"Input": O, **{f"Stage {t}": stage for t, stage in enumerate(stages, 1)}, "Rain layer": layer}
+        if item.ground_truth is not None:
+            pictures["Ground truth"] = item.ground_truth
+        urls = [self._preview(f"{number}_{index}", picture) for index, picture in enumerate(pictures.values())]
+        views: list[dict[str, Any]] = [{"label": label, "url": url} for label, url in zip(pictures, urls, strict=True)]
+        for view, row in zip(views, item.scores, strict=False):  # the input and the stages come first
+            view["scores"] = [_finite(row["psnr"]), _finite(row["ssim"])]
+        readable = Path(os.fsencode(source).decode(errors="replace"))  # the bytes of a name may be no UTF-8
+        return {
+            "name": readable.name,
+            "source": str(readable),
+            "result": quote(os.fsencode(result)),
+            "width": O.shape[1],
+            "height": O.shape[0],
+            "change": round(item.change, 3),
+            "gain": gain,
+            "last": len(stages),  # index of the result in `views`
+            "views": views,
+        }
+
+    def write(self, **facts: Any) -> None:
+        """Write the page of these facts, which show.html reads, and remove the previews of the last page."""
+        # "<" is escaped, so that no file name can end the script that holds the JSON.
+        text = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")
+        write_bytes(self.page, TEMPLATE.read_text(encoding="utf-8").replace("{{facts}}", text).encode())
+        for folder in self.former:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _preview(self, name: str, picture: np.ndarray) -> str:
+        scale = min(1.0, LARGEST / max(picture.shape[:2]))
+        height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
+        path = self.folder / f"{name}.jpg"
+        write_image(path, cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
+        return path.relative_to(self.show_dir).as_posix()
+
+
+def _finite(score: float) -> float | None:
+    """A score for JSON, which has neither nan nor inf: null, and 999 dB for equal images."""
+    return None if math.isnan(score) else min(round(score, 4), 999.0)
 
 
 def main(arguments: list[str]) -> int:
@@ -179,7 +241,9 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
     paths, show_dir = find_inputs(known.input, settings), Path(settings.show_dir)
     folder = show_dir / (settings.run or checkpoint.stem)
-    refuse_to_overwrite(paths, [show_dir, folder, show_dir / "page"])
+    written_to = {place.resolve() for place in (show_dir, folder, show_dir / "page")}
+    if inside := [path for path in paths if {path.parent.resolve(), path.resolve().parent} & written_to]:
+        raise Occupied(f"{inside[0]} is in a folder that results are written to: name another one with --show_dir")
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
     log.info(f"{checkpoint} (step {step}), {stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
 
@@ -197,41 +261,32 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
                 continue
             result = write_result(item, path, folder, stem, written)
             entry = gallery.entry(number, item, path, f"{folder.name}/{result}")
-            results.append((replace(item, image=np.empty(0), stages=[], ground_truth=None), entry))  # without pixels
+            item.image, item.stages, item.ground_truth = np.empty(0), [], None  # memory for the next image
+            results.append((item, entry))
     results = [both for both in ranks.gather(results) if both is not None]
     if not ranks.is_first():
         return 0
     if not results:
-        gallery.discard()
+        shutil.rmtree(gallery.folder, ignore_errors=True)
         log.warning("no image was restored; the page was left as it was")
         return 1
     items, entries = zip(*results, strict=True)
-    page = gallery.write(entries, f"{checkpoint.parent.name}/{checkpoint.name}", step, stage_num, summarize(items))
-    report(items, folder, page)
+    name, summary = f"{checkpoint.parent.name}/{checkpoint.name}", summarize(items)
+    gallery.write(images=entries, checkpoint=name, step=step, stages=stage_num, summary=summary)
+    if close := sum(item.change < NEARLY_INPUT for item in items):
+        log.warning(f"warning: {close} of {len(items)} results are nearly their input: no rain, or little training")
+    log.info(f"{summary}\nresults: {folder}\npage: {gallery.page}")
     return int(len(items) < len(paths))
 
 
 def write_result(item: Restored, path: Path, folder: Path, stem: str, stage_num: int) -> str:
     """Write an image's result, and `stage_num` of its stages, to `folder`; returns the result's name."""
-    names = stage_names(stem, result_suffix(path, item.image), stage_num)
-    for name, image in zip(names, [item.stages[-1], *item.stages], strict=False):
-        write_image(folder / name, image)
+    suffix = result_suffix(path, item.image)
+    for name, image in zip(stage_names(stem, stage_num), [item.stages[-1], *item.stages], strict=False):
+        write_image(folder / f"{name}{suffix}", image)
     if not in_terminal():
-        psnr = ", PSNR {:.2f} -> {:.2f} dB".format(*(item.scores[i]["psnr"] for i in (0, -1))) if item.scores else ""
-        log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {item.seconds:.2f} s{psnr}")
-    return names[0]
-
-
-def report(items: Sequence[Restored], folder: Path, page: Path) -> None:
-    """Log the scores and where the results are; warn where they are nearly the input."""
-    close = sum(item.change < NEARLY_INPUT for item in items)
-    if close:
-        log.warning(
-            f"warning: {close} of {len(items)} results are nearly their input, changed by less than {NEARLY_INPUT} of "
-            "255 levels on average: these images have hardly any rain, or the network was hardly trained"
-        )
-    hint = " (./explore.sh opens it)" if page.parent == ROOT / "showdir" else ""
-    log.info(f"{summarize(items)}\nresults: {folder}\npage: {page}{hint}")
+        log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {summarize([item])}")
+    return f"{stem}{suffix}"
 
 
 if __name__ == "__main__":

@@ -53,6 +53,16 @@ def test_stage_losses_by_hand(name, last_only):
     assert near(terms["loss"], wanted[-1] if last_only else sum(wanted))
 
 
+def test_charbonnier_is_flat_at_zero_and_absolute_far_from_it():
+    O, B = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 4, 4)
+    for error, slope in ((0.0, 0.0), (0.5, 1.0), (-0.5, -1.0)):
+        R = (O - B + error).requires_grad_()
+        loss = STAGE_LOSSES["charbonnier"](R, O, B)
+        loss.backward()
+        assert loss.item() == pytest.approx(abs(error), abs=1.1 * losses.CHARBONNIER)
+        assert torch.allclose(R.grad * R.numel(), torch.full_like(R, slope), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", STAGE_LOSSES)
 def test_stage_losses_are_float32_within_autocast(name):
     """Differences of means of squares are nothing for eight bits: SSIM was a quarter off."""

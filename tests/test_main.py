@@ -12,7 +12,7 @@ import torch
 import losses
 import main
 import model
-from base.errors import BadArgument, Mismatch, MissingFile, Occupied, UserError
+from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile, Occupied
 from base.files import ROOT
 from commands import LONG, OTHERS, SMALL, call, files, read, read_csv, scalars
 from presets import PRESETS
@@ -170,33 +170,33 @@ def test_models_lists_every_preset(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("words", "error", "part"),
     [
-        (["--chanel", "3"], "--channel"),
-        (["-p", "sdsn"], "sdsen"),
-        (["--device", "cuda:99"], "cuda:99"),
-        (["--device", "abacus"], "abacus"),
-        (["-m", "nowhere"], "nowhere"),
-        (["--patch_size", "1000"], "patch_size"),
-        (["--aggregation", "max", "--group", "z2"], "aggregation"),
-        (["--clean_dir", "photographs"], "--rain"),
-        (["--clean_dir", "nowhere", "--rain", "rain800"], "nowhere"),
+        (["--chanel", "3"], BadArgument, "--channel"),
+        (["-p", "sdsn"], BadArgument, "sdsen"),
+        (["--device", "cuda:99"], BadArgument, "cuda:99"),
+        (["--device", "abacus"], BadArgument, "abacus"),
+        (["-m", "nowhere"], MissingFile, "nowhere"),
+        (["--patch_size", "1000"], Mismatch, "patch_size"),
+        (["--aggregation", "max", "--group", "z2"], BadArgument, "aggregation"),
+        (["--clean_dir", "photographs"], BadArgument, "--rain"),
+        (["--clean_dir", "nowhere", "--rain", "rain800"], MissingFile, "nowhere"),
     ],
 )
-def test_command_that_is_refused_writes_nothing(places, tmp_path, words, part):
+def test_command_that_is_refused_writes_nothing(places, tmp_path, words, error, part):
     """`part` is the setting, or the value, that the error names."""
     before = files(tmp_path)
-    with pytest.raises(UserError, match=part) as error:
+    with pytest.raises(error, match=part) as caught:
         call("-a", "train", *SMALL[:-2], *places, *words)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(caught.value)
     assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        *(["-a", action] for action in ("export", "tilt", "stages")),
-        *(["-a", action, "-p", "sdsen", "-m", "sdsen"] for action in ("models", "export", "tilt", "stages")),
+        *(["-a", action] for action in ("export", "tilt")),
+        *(["-a", action, "-p", "sdsen", "-m", "sdsen"] for action in ("models", "export", "tilt")),
         ["-a", "models", "--run", "sdsen"],
         ["-a", "tables", "-m", "sdsen"],
         ["-a", "test", "-m", "one", "two"],
@@ -217,19 +217,19 @@ def test_an_error_of_a_process_is_one_line_and_exit_status_2(places):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "part"),
+    ("spoil", "error", "part"),
     [
-        (lambda data: shutil.rmtree(data), "data"),
-        (lambda data: shutil.rmtree(data / "val"), "val"),
-        (lambda data: [path.unlink() for path in (data / "train").iterdir()], "train"),
-        (lambda data: (data / "train" / "1.png").write_text("text"), r"train/1\.png"),
-        (lambda data: cv2.imwrite(str(data / "train" / "1.png"), np.zeros((40, 33, 3))), r"train/1\.png"),
-        (lambda data: (data / "val" / "0.png").write_text("text"), r"val/0\.png"),
+        (lambda data: shutil.rmtree(data), MissingFile, "data"),
+        (lambda data: shutil.rmtree(data / "val"), MissingFile, "val"),
+        (lambda data: [path.unlink() for path in (data / "train").iterdir()], MissingFile, "train"),
+        (lambda data: (data / "train" / "1.png").write_text("text"), DamagedFile, r"train/1\.png"),
+        (lambda data: cv2.imwrite(str(data / "train" / "1.png"), np.zeros((40, 33, 3))), Mismatch, r"train/1\.png"),
+        (lambda data: (data / "val" / "0.png").write_text("text"), DamagedFile, r"val/0\.png"),
     ],
 )
-def test_data_that_is_refused(places, tmp_path, spoil, part):
+def test_data_that_is_refused(places, tmp_path, spoil, error, part):
     spoil(tmp_path / "data")
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(error, match=part):
         call("-a", "train", *SMALL, *places, "--steps", 1)
 
 

@@ -15,10 +15,10 @@ import torch
 
 import model
 import show
-from base.errors import BadArgument, MissingFile, Occupied, UserError
+from base.errors import BadArgument, MissingFile, Occupied
 from base.files import ROOT
 from base.images import read_image, write_image
-from runs import checkpoints, gallery
+from runs import checkpoints
 from runs.checkpoints import Checkpoint
 from runs.restore import Restoring, open_network, restore, score_pairs
 from settings import resolve
@@ -76,7 +76,7 @@ def page_facts(folder: Path) -> dict:
 def page_files(folder: Path) -> list[Path]:
     """All files that the page refers to."""
     images = page_facts(folder)["images"]
-    urls = [url for image in images for url in (image["result"], image["strip"], *(v["url"] for v in image["views"]))]
+    urls = [url for image in images for url in (image["result"], *(v["url"] for v in image["views"]))]
     return [folder / unquote(url) for url in urls]
 
 
@@ -173,10 +173,7 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
         ("a/x.png b/x.png c/x_2.png", 0, "x x_2 x_2_2"),
         ("x.jpg x.png", 0, "x x_2"),  # what is named .jpg may be written as .png
         ("x.png x.jpg", 0, "x x_2"),
-        ("x.jpg x.webp x.tif", 0, "x x_2 x"),
-        ("x.png x.tif", 0, "x x"),
         ("x.png X.PNG", 0, "x X_2"),
-        ("x.jpg X.TIF", 0, "x X"),
         ("x.png x_stage1.png", 0, "x x_stage1"),
         ("x.png x_stage1.png", 1, "x x_stage1_2"),
         ("x_stage2.png x.png", 2, "x_stage2 x_2"),
@@ -188,8 +185,8 @@ def test_result_stems(inputs, stage_num, stems):
 
 
 def test_stage_names():
-    assert show.stage_names("a.b", ".PNG", 2) == ["a.b.PNG", "a.b_stage1.PNG", "a.b_stage2.PNG"]
-    assert show.stage_names("x", ".jpg", 0) == ["x.jpg"]
+    assert show.stage_names("a.b", 2) == ["a.b", "a.b_stage1", "a.b_stage2"]
+    assert show.stage_names("x", 0) == ["x"]
 
 
 def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path, picture, capsys):
@@ -270,9 +267,9 @@ def test_a_page_of_somebody_else_is_kept(run, tmp_path, picture):
         (["-i", "nowhere.png"], MissingFile, r"nowhere\.png"),
         (["-i", "empty"], MissingFile, "empty"),
         (["photo.png"], BadArgument, "-i"),
-        (["--colour", "red"], UserError, "--colour"),
-        (["--log_level", "loud"], UserError, "log_level"),
-        ([], MissingFile, "--data_dir"),
+        (["--colour", "red"], BadArgument, "--colour"),
+        (["--log_level", "loud"], BadArgument, "log_level"),
+        ([], MissingFile, "pairs"),
     ],
 )
 def test_wrong_calls_write_nothing(run, tmp_path, monkeypatch, words, error, part):
@@ -332,7 +329,7 @@ def test_scores_of_the_test_set_are_those_of_the_protocol(run, tmp_path, pairs):
     psnr, ssim = table.mean(0)[[0, -1], :2].T
     facts = page_facts(tmp_path / "out")
     numbers = [float(word) for word in re.findall(r"-?\d+\.\d+", facts["summary"])]
-    assert numbers[:4] == pytest.approx([*psnr, *ssim], abs=0.006)
+    assert numbers[1:] == pytest.approx([*psnr, *ssim], abs=0.006)
     assert (facts["checkpoint"], facts["step"], facts["stages"]) == ("plain/best.pth", 7, 3)
     assert [view["label"] for view in images[0]["views"]] == [
         "Input", "Stage 1", "Stage 2", "Stage 3", "Rain layer", "Ground truth"
@@ -355,7 +352,7 @@ def test_two_calls_write_the_same(run, tmp_path, picture):
     for show_dir in ("one", "two"):
         run("plain", "-i", tmp_path / "x.png", "--all-stages", show_dir=show_dir)
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
-    assert len(files) == 4 + 6 + 1
+    assert len(files) == 4 + 5 + 1
     for file in files:
         if file.name != "index.html":  # it holds the seconds
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -413,9 +410,9 @@ def test_a_new_page_leaves_no_previews_of_the_former_one(run, tmp_path, picture)
 
 
 def test_previews_are_small(tmp_path, picture):
-    shown = gallery.Gallery(tmp_path)
+    gallery = show.Gallery(tmp_path)
     image = cv2.resize(picture(20, 40, 3), (4000, 2000))
-    entry = shown.entry(1, gallery.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
+    entry = gallery.entry(1, show.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
     paths = [tmp_path / view["url"] for view in entry["views"]]
     assert {read_image(path).shape for path in paths} == {(800, 1600, 3)}
     assert {path.suffix for path in paths} == {".jpg"}
@@ -423,11 +420,11 @@ def test_previews_are_small(tmp_path, picture):
 
 def test_the_rain_layer_is_made_visible_by_a_gain_that_clips_little(picture):
     O = np.full((50, 50, 3), 100, np.uint8)
-    layer, gain = gallery.rain_layer(O, O - 20)
+    layer, gain = show.rain_layer(O, O - 20)
     assert gain == 8
     assert (layer == 160).all()
-    layer, gain = gallery.rain_layer(O, O + 20)  # brightened
+    layer, gain = show.rain_layer(O, O + 20)  # brightened
     assert (layer == 0).all()
-    layer, gain = gallery.rain_layer(np.full_like(O, 255), np.zeros_like(O))
+    layer, gain = show.rain_layer(np.full_like(O, 255), np.zeros_like(O))
     assert gain == 1
     assert (layer == 255).all()

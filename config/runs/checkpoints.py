@@ -1,30 +1,28 @@
-"""Checkpoints: written whole or not at all, read without running code, found by name."""
+"""Checkpoints: written whole or not at all, read without running code, found by name; starts of trainings; exports."""
 
-import dataclasses
 import io
-import pickle
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from base.errors import DamagedFile, Mismatch, MissingFile
-from base.files import write_bytes
-from settings import Settings, from_dict, override, to_dict
+import model
+from base import ranks
+from base.console import log
+from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile, Occupied
+from base.files import ROOT, write_bytes
+from settings import FIELDS, NETWORK_FIELDS, Settings, from_dict, map_paths, override, resolve, to_dict
 
 FORMAT = 1
-LISTED = 20  # checkpoints that an error names
+OTHER_VALIDATION = {"data_dir", "val_images", "stage_num"}  # with these changed, PSNRs are not those of before
 
 
 @dataclass
 class Checkpoint:
-    """All that a training needs to resume as if it had never stopped.
-
-    The learning rate follows from settings and step. The crops are functions of seed and step.
-    """
+    """All that a training needs to resume; the learning rate and the crops follow from settings and step."""
 
     network: dict[str, torch.Tensor]
     step: int = 0
@@ -41,11 +39,10 @@ class Checkpoint:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint. Raises NotWritable where that fails, and leaves the old file as it was."""
-    values = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
-    values["settings"] = checkpoint.settings and to_dict(checkpoint.settings)
-    values["versions"] = {"torch": str(torch.__version__), "python": platform.python_version()}
+    settings = checkpoint.settings and to_dict(checkpoint.settings)
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **values}, buffer)
+    torch.save({"format": FORMAT, **vars(checkpoint), "settings": settings, "versions": versions}, buffer)
     write_bytes(path, buffer.getvalue())
 
 
@@ -56,53 +53,139 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DamagedFile(f"{path} holds more than weights: another kind of file, or code, which isn't run") from None
     except Exception as error:  # torch.load raises whatever its readers meet: zip, pickle, storage errors
-        raise DamagedFile(f"{path} is no checkpoint, or is cut off ({type(error).__name__})") from None
+        kind = type(error).__name__
+        raise DamagedFile(f"{path} is no checkpoint, is cut off, or holds code, which isn't run ({kind})") from None
     if isinstance(values, dict) and {"net", "clock"} <= values.keys():
         return Checkpoint(values["net"], int(values["clock"]), optimizer=values.get("opt"))
     if not isinstance(values, dict) or not {"format", "network", "settings", "step"} <= values.keys():
         raise DamagedFile(f"{path} is no checkpoint of this program")
     if values["format"] > FORMAT:
         raise DamagedFile(f"{path} was written by a newer version of this program: update it")
-    stages = values.get("stages")  # a former version raised the number of stages while it trained: the number so far
-    known = {field.name for field in dataclasses.fields(Checkpoint)}  # a later version may add others
-    values = {key: value for key, value in values.items() if key in known}
-    values["settings"] = values["settings"] and from_dict(values["settings"])
-    if stages:
-        values["settings"] = override(values["settings"], {"stage_num": stages})
-    return Checkpoint(**values)
+    settings = values["settings"] and from_dict(values["settings"])
+    if stages := values.get("stages"):  # a former version raised the number of stages while it trained: that so far
+        settings = override(settings, {"stage_num": stages})
+    fields = Checkpoint.__dataclass_fields__  # a later version may add others
+    return Checkpoint(**{**{name: value for name, value in values.items() if name in fields}, "settings": settings})
 
 
 def find(name: str, model_dir: Path) -> Path:
     """The file of a checkpoint: a path, a run (its best, or latest), or a file of `model_dir` (`.pth` may be left off).
 
-    A run of one's own takes precedence over pretrained weights of that name. Raises MissingFile with a list of what
-    there is.
+    A run of one's own takes precedence over pretrained weights of that name. Raises MissingFile.
     """
     folder = model_dir / name
     for path in (Path(name), folder, folder / "best.pth", folder / "latest.pth", model_dir / f"{name}.pth"):
         if path.is_file():
             return path
-    known = sorted(str(path.relative_to(model_dir).with_suffix("")) for path in model_dir.rglob("*.pth"))
-    if not known:
-        raise MissingFile(f"no checkpoint {name!r} in {model_dir}: there is none yet, main.py -a train makes one")
-    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
-    raise MissingFile(f"no checkpoint {name!r} in {model_dir}: there are {', '.join(known[:LISTED])}{more}")
+    known = {path.relative_to(model_dir).with_suffix("").parts[0] for path in model_dir.rglob("*.pth")}
+    there = f"there are {', '.join(sorted(known))}" if known else "there is none yet, main.py -a train makes one"
+    raise MissingFile(f"no checkpoint {name!r} in {model_dir}: {there}")
 
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path, average: bool = False) -> None:
-    """Put a checkpoint's weights, or their `average` if it has one, into a network.
-
-    Raises Mismatch where they belong to another architecture.
-    """
+    """Put a checkpoint's weights, or their `average` if it has one, into a network. Raises Mismatch."""
     own, given = network.state_dict(), (checkpoint.average if average else None) or checkpoint.network
     wrong = sorted(own.keys() ^ given.keys())
     wrong += [name for name in own if name in given and own[name].shape != given[name].shape]
     if wrong:
-        raise Mismatch(
-            f"{path} belongs to another network ({wrong[0]} and {len(wrong) - 1} more differ): "
-            "choose the preset and settings that it was trained with"
-        )
+        raise Mismatch(f"{path} belongs to another network ({wrong[0]} differs): choose its preset and settings")
     network.load_state_dict(given)
+
+
+def check_network(path: Path, trained: Settings, requested: Settings, may_differ: set[str]) -> None:
+    """Raise Mismatch where the `requested` settings describe another network than that of the checkpoint at `path`."""
+    for name in NETWORK_FIELDS:
+        own, other = getattr(trained, name), getattr(requested, name)
+        if own != other and name not in may_differ:
+            advice = "leave -p out, or name another checkpoint with -m or another run with --run"
+            raise Mismatch(f"{path} was trained with {name} {own}, not {other}: {advice}")
+
+
+class Start(NamedTuple):
+    settings: Settings
+    checkpoint: Checkpoint | None  # None: random weights
+    source: Path  # the checkpoint's file
+    changes: list[str]  # settings that differ from the checkpoint's, in words
+
+
+def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Start:
+    """What `-a train` with these arguments starts from; `name` is -m's.
+
+    - No `name`, or a run's: that run's latest.pth, where it resumes, or random weights if there is none.
+    - Another checkpoint: a run that has none of its own (--run) resumes there.
+    - Exported weights, which have no optimizer's state: a new training, with the network's settings alone.
+    """
+    settings = resolve(preset or "sdsen", overrides)
+    if not preset and "run" not in overrides and (run := _run_named(name or "", Path(settings.model_dir))):
+        name, settings = None, override(settings, {"run": run})
+    latest = settings.model_path / "latest.pth"
+    source = ranks.from_first(lambda: _find_source(settings, latest, name))
+    checkpoint = ranks.from_first(lambda: load(source) if source.is_file() else None)
+    if checkpoint is None or checkpoint.settings is None:  # none, or the published code's, which holds no settings
+        return Start(settings, checkpoint, source, [])
+    old, resumes = checkpoint.settings, checkpoint.optimizer is not None
+    if not resumes:
+        old = override(resolve(preset or "sdsen"), {field: getattr(old, field) for field in NETWORK_FIELDS})
+    settings = override(old, {"run": settings.run, "model_dir": settings.model_dir, **overrides})
+    # All stages have the same weights, so that their number may change, but only by --stage_num itself.
+    requested = resolve(preset, overrides) if preset else settings
+    check_network(source, old, requested, may_differ={"stage_num"} & overrides.keys())
+    if resumes and settings.optimizer != old.optimizer:
+        raise Mismatch(f"{source} holds {old.optimizer}'s state, not {settings.optimizer}'s: start from its -a export")
+    changed = [field for field in FIELDS if getattr(settings, field) != getattr(old, field)]
+    if source != latest or OTHER_VALIDATION & set(changed):
+        checkpoint.best_psnr = None
+    changes = [f"{field} {getattr(old, field)!r} is now {getattr(settings, field)!r}" for field in changed]
+    return Start(settings, checkpoint, source, changes)
+
+
+def _run_named(name: str, model_dir: Path) -> str:
+    """The run that -m NAME or -m NAME/latest names; empty where it names something else."""
+    run = name.removesuffix(".pth").removesuffix("/latest") if "/" in name else name
+    return run if run and "/" not in run and (model_dir / run / "latest.pth").is_file() else ""
+
+
+def _find_source(settings: Settings, latest: Path, name: str | None) -> Path:
+    source = find(name, Path(settings.model_dir)) if name else latest
+    if name and latest.is_file() and not source.samefile(latest):
+        raise Occupied(f"run {settings.run} has a checkpoint of its own, {latest}: name another run with --run")
+    return source
+
+
+def export(names: list[str], overrides: dict[str, Any]) -> None:
+    """`-a export`: the weights and settings of a checkpoint as a file of model_dir, which `-m` takes by its name.
+
+    Of several checkpoints of one architecture, the mean of their weights and the settings of the first. `--run` is the
+    file's name, `--data_dir` the data set that it is tested on by default, `--stage_num` its number of stages. Folders
+    outside the repository, which belong to one machine, are left out.
+    """
+    if strange := overrides.keys() - {"run", "data_dir", "stage_num", "model_dir", "log_level"}:
+        raise BadArgument(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
+    model_dir, run = Path(resolve(overrides=overrides).model_dir), overrides.get("run")
+    sources = [find(name, model_dir) for name in names]
+    if len(sources) > 1 and not run:
+        raise BadArgument("the mean of several checkpoints needs a name: --run NAME")
+    first = sources[0]
+    path = model_dir / f"{run or (first.stem if first.parent == model_dir else first.parent.name)}.pth"
+    if path.is_file() and not run:
+        raise Occupied(f"{path} exists: give another name with --run, or this one to replace it")
+    loaded = [load(source) for source in sources]
+    if not (trained := loaded[0].settings):
+        raise Mismatch(f"{first} is the published code's, which holds no settings: train on from it first")
+    changes = {name: value for name, value in overrides.items() if name in ("data_dir", "stage_num")}
+    if changes.get("stage_num", 0) > trained.stage_num:
+        raise Mismatch(f"{first} was trained with {trained.stage_num} stages: with more, the outputs diverge")
+    inside = map_paths(trained, lambda place: place if Path(place).is_relative_to(ROOT) else "")
+    inside = {name: tuple(filter(None, v)) if isinstance(v, tuple) else v for name, v in inside.items()}
+    settings = override(trained, {**inside, **changes, "run": path.stem})
+    weights = []
+    for source, checkpoint in zip(sources, loaded, strict=True):
+        network = model.build(settings)
+        load_weights(network, checkpoint, source, average=True)  # raises Mismatch for another architecture
+        weights.append(network.state_dict())
+    mean = {}
+    for name, weight in weights[0].items():
+        mean[name] = torch.stack([each[name].double() for each in weights]).mean(0).to(weight.dtype)
+    save(path, Checkpoint(mean, loaded[0].step, settings))
+    log.info(f"{path}, {path.stat().st_size / 1000:.0f} kB: {' + '.join(map(str, sources))} (step {loaded[0].step})")

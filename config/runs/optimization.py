@@ -55,15 +55,8 @@ def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.o
     large = [parameter for parameter in parameters if parameter.numel() > LARGEST_SIDE]
     small = [parameter for parameter in parameters if parameter.numel() <= LARGEST_SIDE]  # nothing left to merge
     groups: list[dict[str, Any]] = [{"params": large, "merge_dims": True}, {"params": small}]
-    return SOAP(
-        groups,
-        lr=lr,
-        betas=(0.95, 0.99),
-        shampoo_beta=0.98,
-        weight_decay=0,
-        precondition_frequency=5,
-        max_precondition_dim=LARGEST_SIDE,
-    )
+    constants: dict[str, Any] = {"betas": (0.95, 0.99), "shampoo_beta": 0.98, "precondition_frequency": 5}
+    return SOAP(groups, lr=lr, weight_decay=0, max_precondition_dim=LARGEST_SIDE, **constants)
 
 
 class Outcome(NamedTuple):
@@ -75,10 +68,7 @@ class Outcome(NamedTuple):
 
 
 def split_batch(settings: Settings, *batch: Tensor) -> list[tuple[Tensor, ...]]:
-    """A batch (O, B) or (O, B, labels) in parts that go through the network one after another.
-
-    There are `accumulate` of them; on the CPU more, as few crops at a time take less memory and are faster.
-    """
+    """A batch (O, B) or (O, B, labels) in `accumulate` parts; on the CPU more, which take less memory and time."""
     O, *_ = batch
     count = math.ceil(len(O) / settings.accumulate)
     if O.device.type == "cpu":
@@ -89,12 +79,6 @@ def split_batch(settings: Settings, *batch: Tensor) -> list[tuple[Tensor, ...]]:
 def synchronized(network: nn.Module, is_last: bool) -> AbstractContextManager:
     """Within this, DistributedDataParallel averages gradients over the ranks if this part of the batch is the last."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not is_last else nullcontext()
-
-
-def clip_gradients(settings: Settings, *modules: nn.Module) -> None:
-    """Scale the gradients of all modules together down to `clip_norm`, if there is one and they are longer."""
-    if settings.clip_norm:
-        nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], settings.clip_norm)
 
 
 @torch.no_grad()
@@ -116,22 +100,16 @@ def compile_network(network: nn.Module, settings: Settings, device: torch.device
     if requested and old:
         raise BadArgument(f"--compile on needs PyTorch 2.5 or newer, this is {torch.__version__}")
     pays = settings.compile == "auto" and device.type == "cuda" and steps >= COMPILE_STEPS and not old
-    if not (requested or pays):
-        return
-    log.info("compiling the network, which makes the first step slow; --compile off does without")
-    torch._dynamo.config.suppress_errors = not requested  # auto: without a compiler, the network runs as it is
-    network.compile()
+    if requested or pays:
+        log.info("compiling the network, which makes the first step slow; --compile off does without")
+        torch._dynamo.config.suppress_errors = not requested  # auto: without a compiler, the network runs as it is
+        network.compile()
 
 
 def can_record(settings: Settings, device: torch.device) -> bool:
     """Whether a step becomes a CUDA graph. Raises BadArgument where `cuda_graphs` is on and it can't."""
-    obstacles = {
-        f"the device is {device}": device.type != "cuda",
-        "several processes share a batch": ranks.count() > 1,
-        "accumulate takes a batch in parts": settings.accumulate > 1,
-        "checkpoint_activations repeats stages": settings.checkpoint_activations,
-    }
-    found = ", ".join(text for text, applies in obstacles.items() if applies)
-    if found and settings.cuda_graphs == "on":
-        raise BadArgument(f"--cuda_graphs on records a step of one pass on one CUDA GPU, but {found}")
-    return settings.cuda_graphs != "off" and not found
+    in_parts = ranks.count() > 1 or settings.accumulate > 1 or settings.checkpoint_activations
+    possible = device.type == "cuda" and not in_parts
+    if settings.cuda_graphs == "on" and not possible:
+        raise BadArgument("--cuda_graphs on needs one CUDA GPU, without --accumulate and --checkpoint_activations")
+    return settings.cuda_graphs != "off" and possible

@@ -1,4 +1,4 @@
-"""Whole images through a network: the restored image of every stage, and its scores."""
+"""Whole images through a network: the restored image of every stage, its scores, and validation by them."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,51 +17,46 @@ import model
 from base import ranks
 from base.console import in_terminal, log
 from base.devices import autocast, compute_dtype, pick_device
-from base.errors import Mismatch
 from cal_ssim import METRICS, scores, to_8bit
 from dataset import read_whole
 from fast.any_size import rain_layers
 from fast.graphs import replaying
 from runs import checkpoints
-from settings import NETWORK_FIELDS, Settings, override, resolve
+from settings import Settings, override, resolve
 
 # Settings that are the command's, not those of the training that the checkpoint records.
 COMMAND_FIELDS = ("model_dir", "log_dir", "show_dir", "device", "precision", "cuda_graphs", "mirror")
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below has lost hardly any rain
+PREVIEW_SIDE = 320  # of each image in the picture of a validation, pixels
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
-def open_network(
-    preset: str | None, name: str | None, overrides: dict[str, Any]
-) -> tuple[nn.Module, Settings, Path, int]:
-    """The network that a command names, in eval mode on its device: (network, settings, file, step).
+class Opened(NamedTuple):
+    network: nn.Module  # in eval mode, on its device
+    settings: Settings
+    path: Path  # the checkpoint's file
+    step: int
 
-    `name` is a checkpoint's. Without it, the best checkpoint is opened of the run that `overrides` or `preset` (default
-    sdsen) names. The network is rebuilt from the settings in the checkpoint and gets the averaged weights if there are
-    any. A checkpoint of the published code holds no settings: there `preset` and `overrides` describe the network.
+
+def open_network(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Opened:
+    """The network of checkpoint `name`, or of the run that `overrides` or `preset` (default sdsen) names.
+
+    It is rebuilt from the settings in the checkpoint and gets the averaged weights if there are any. A checkpoint of
+    the published code holds no settings: there `preset` and `overrides` describe the network.
     Raises MissingFile where there is no such checkpoint, Mismatch where it holds another network than `preset`.
     """
-    requested = resolve(preset or "sdsen", overrides)
-    path, checkpoint = ranks.from_first(lambda: _find_and_load(name or requested.run, Path(requested.model_dir)))
-    settings = requested
+    settings = requested = resolve(preset or "sdsen", overrides)
+    path = ranks.from_first(lambda: checkpoints.find(name or requested.run, Path(requested.model_dir)))
+    checkpoint = ranks.from_first(lambda: checkpoints.load(path))
     if checkpoint.settings:
         own = {field: getattr(requested, field) for field in COMMAND_FIELDS}
         settings = override(checkpoint.settings, {**own, **overrides})
-        for field in NETWORK_FIELDS:
-            if preset and getattr(settings, field) != getattr(requested, field):
-                raise Mismatch(
-                    f"{path} has {field} {getattr(settings, field)}, preset {preset} has {getattr(requested, field)}: "
-                    "leave -p out, or name another checkpoint with -m"
-                )
+        if preset:
+            checkpoints.check_network(path, settings, requested, may_differ=set())
     network = model.build(settings)
     network.cuda_graphs = settings.cuda_graphs != "off"
     checkpoints.load_weights(network, checkpoint, path, average=True)
-    return network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step
-
-
-def _find_and_load(name: str, model_dir: Path) -> tuple[Path, checkpoints.Checkpoint]:
-    path = checkpoints.find(name, model_dir)
-    return path, checkpoints.load(path)
+    return Opened(network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step)
 
 
 @dataclass(frozen=True)
@@ -108,11 +104,7 @@ def restore(network: nn.Module, O: Tensor, how: Restoring = DEFAULT, stage_num: 
 def _with_mirror(
     network: nn.Module, O: Tensor, stage_num: int | None, memory_gib: float, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
-    """The means of the rain layers of `O` and, mirrored back, of its mirror image.
-
-    The mirror image goes first, and all its rain layers are kept: 12 bytes per pixel and stage.
-    """
-
+    """The means of the rain layers of `O` and, mirrored back, of its mirror image, which are all kept meanwhile."""
     mirrored, upright = (
         rain_layers(network, image, stage_num, memory_gib, lambda share: tick(share / 2)) for image in (O.flip(-1), O)
     )
@@ -151,3 +143,37 @@ def score_pairs(
                 yield ScoredPair(path, O, restored, B, np.array([[row[name] for name in METRICS] for row in rows]))
     finally:
         network.train(was_training)
+
+
+def validate(
+    network: nn.Module, criterion: nn.Module, paths: list[Path], device: torch.device, settings: Settings
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Scores of whole validation pairs, and rank 0's first one as a picture.
+
+    Returns `psnr` and `ssim` of the last stage, `psnr_input`, and `stage_t/loss`, `stage_t/psnr`, `stage_t/ssim`, all
+    of the 8-bit images that would be saved, and the same on every rank. The picture is None where a rank has no pair.
+    """
+    preview, rows = None, []
+    for pair in score_pairs(network, paths, device, Restoring.of(settings)):
+        if preview is None:
+            preview = _side_by_side([pair.O, *pair.restored, pair.B])
+        rows.append((pair.scores, _stage_losses(criterion, pair)))
+    means, losses = (np.mean(values, 0) for values in zip(*ranks.gather(rows), strict=True))
+    result = {"psnr": means[-1][0], "ssim": means[-1][1], "psnr_input": means[0][0]}
+    for t, (row, loss) in enumerate(zip(means[1:], losses, strict=True), 1):
+        result |= {f"stage_{t}/loss": loss, f"stage_{t}/psnr": row[0], f"stage_{t}/ssim": row[1]}
+    return result, preview
+
+
+@torch.no_grad()
+def _stage_losses(criterion: nn.Module, pair: ScoredPair) -> list[float]:
+    O, B, *restored = (image[None].float() / 255 for image in (pair.O, pair.B, *pair.restored))
+    terms = criterion([O - image for image in restored], O, B)
+    return [terms[f"stage_{t}/loss"].item() for t in range(1, len(restored) + 1)]
+
+
+def _side_by_side(images: list[Tensor]) -> np.ndarray:
+    """Images (3, H, W) uint8 as one picture (H', W', 3), made smaller where they are large."""
+    scale = min(1.0, PREVIEW_SIDE / max(images[0].shape[1:]))
+    picture = np.hstack([np.moveaxis(image.cpu().numpy(), 0, 2) for image in images])
+    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

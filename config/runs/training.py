@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +30,51 @@ from base.files import lock, write_bytes
 from base.images import write_image
 from dataset import CropDataset, data_path, list_pairs, read_whole
 from runs import checkpoints
-from runs.checkpoints import Checkpoint
-from runs.curves import Curves
+from runs.checkpoints import Checkpoint, Start
 from runs.optimization import can_record, compile_network, in_steps, make_optimizer
-from runs.start import Start
-from runs.validation import validate
+from runs.restore import validate
 from settings import describe_settings
+
+try:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import scalar
+except ModuleNotFoundError:  # TensorBoard is not needed to train
+    Event = None
+
+
+class Curves:
+    """TensorBoard's event file; without tensorboardX, or a `folder`, nothing is written. Raises NotWritable.
+
+    Not tensorboardX's SummaryWriter: it writes in a thread, and on a full disk the program hangs.
+    """
+
+    def __init__(self, folder: Path | None, step: int):
+        """`step` is where training resumes; TensorBoard drops later points, which a killed process wrote."""
+        self.writer: Any = None
+        if folder and Event is None:
+            log.warning("tensorboardX is not installed: no curves are written, only the log")
+        elif folder:
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            self.writer = RecordWriter(str(folder / name))
+            self._write(Event(file_version="brain.Event:2"))
+            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, split: str, values: dict[str, float]) -> None:
+        """One point of each curve `split/name`."""
+        if self.writer:
+            self._write(*(Event(step=step, summary=scalar(f"{split}/{name}", v)) for name, v in values.items()))
+
+    def _write(self, *events: Any) -> None:
+        try:
+            for event in events:
+                event.wall_time = time.time()
+                self.writer.write(event.SerializeToString())
+            self.writer.flush()
+        except OSError as error:
+            with suppress(OSError):  # else Python complains when it frees the file
+                self.writer.close()
+            raise NotWritable(f"{self.writer.path} can't be written: {error.strerror}") from None
 
 
 class Training:
@@ -61,16 +103,15 @@ class Training:
         self.criterion = losses.build(settings, read_labels is not None).to(self.device)
         self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer)
         self.can_record = can_record(settings, self.device)
-        self.averaged = None
-        if settings.average:
-            self.averaged = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
+        averaging = get_ema_multi_avg_fn(settings.average)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=averaging) if settings.average else None
         self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
         self.best_psnr: float | None = None
         if start.checkpoint and start.checkpoint.optimizer is not None:
             self._resume(start.checkpoint, start.source)
         self.parallel = self._parallel()
-        self.val_folder, self.saved_at = folder / "val", time.monotonic()
-        paths = list_pairs(self.val_folder)
+        self.saved_at = time.monotonic()
+        paths = list_pairs(folder / "val")
         count = min(settings.val_images or len(paths), len(paths))
         self.validation = [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
         for path in self.validation:  # a damaged file is reported now, not in the middle of the training
@@ -78,19 +119,18 @@ class Training:
 
     def _resume(self, checkpoint: Checkpoint, source: Path) -> None:
         self.step, self.best_psnr, self.seconds = checkpoint.step, checkpoint.best_psnr, checkpoint.seconds
-        if (checkpoint.criterion or {}).keys() != self._criterion_state().keys():
-            was = "with" if checkpoint.criterion else "without"
+        optimizer, criterion = checkpoint.optimizer or {}, checkpoint.criterion or {}
+        if criterion.keys() != self._criterion_state().keys():
+            was = "with" if criterion else "without"
             raise Mismatch(f"{source} was trained {was} labels, which is another loss: name another run with --run")
+        self.criterion.load_state_dict(criterion, strict=False)
         if "fused" in self.optimizer.defaults:  # the device may be another one than the checkpoint's
-            for group in (checkpoint.optimizer or {}).get("param_groups", []):
+            for group in optimizer.get("param_groups", []):
                 group["fused"] = self.optimizer.defaults["fused"]
         try:
-            if checkpoint.optimizer:
-                self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.optimizer.load_state_dict(optimizer)
         except (ValueError, KeyError):
             raise Mismatch(f"{source} holds an optimizer's state that is not that of this network") from None
-        if checkpoint.criterion:
-            self.criterion.load_state_dict(checkpoint.criterion, strict=False)
         if self.averaged and checkpoint.average:
             self.averaged.module.load_state_dict(checkpoint.average)
             self.averaged.n_averaged += 1  # else the first step would overwrite it
@@ -136,23 +176,19 @@ class Training:
         self.step += 1
         self.lap_steps += 1
 
-    # ---------------------------------------------------------------- checkpoints and validation
-
     def save(self, *names: str) -> None:
         """Write the checkpoint under each name. Raises NotFinite where the weights are not, and keeps the old ones."""
         self._check_weights()
         self.saved_at = time.monotonic()
         if not ranks.is_first():
             return
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         checkpoint = Checkpoint(
             self.network.state_dict(),
             self.step,
             self.requested,
             self.optimizer.state_dict(),
-            random,
+            {"cpu": torch.get_rng_state(), **cuda},
             self.best_psnr,
             seconds=self.seconds + time.monotonic() - self.started,
             device=describe(self.device),
@@ -161,11 +197,6 @@ class Training:
         )
         for name in names:
             checkpoints.save(self.path(name), checkpoint)
-
-    def save_after(self, minutes: float) -> None:
-        """Write `latest` where the last checkpoint is older than this."""
-        if time.monotonic() - self.saved_at > 60 * minutes:
-            self.save("latest")
 
     def validate_and_save(self) -> None:
         """Score the validation pairs, by the averaged weights if there are any, and write the checkpoints."""
@@ -178,11 +209,10 @@ class Training:
             self.best_psnr = float(result["psnr"])
             names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
         if ranks.is_first() and preview is not None:  # rank 0 has a pair
-            self.curves.add(self.step, {f"val/{name}": value for name, value in result.items()})
-            self.curves.add_picture(self.step, "val/preview", preview)
+            self.curves.add(self.step, "val", result)
             write_image(self.settings.log_path / "preview.png", preview)
             stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
-            log.info(  # paper/tables.py reads this line
+            log.info(  # paper/results.py reads this line
                 f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
                 f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.1f} s"
             )
@@ -203,26 +233,22 @@ class Training:
         latest = self.path("latest")
         return f"last checkpoint: {latest}" if latest.is_file() else "this run has no checkpoint yet"
 
-    # ---------------------------------------------------------------- log and curves
-
     @contextmanager
     def running(self) -> Iterator[tqdm]:
-        """Within this, the run is locked, log and curves go to its folder, and there is a progress bar in a terminal.
-
-        A full memory or a lost process becomes a UserError.
-        """
+        """Within this, the run is locked and has log and curves; a full memory or lost process becomes a UserError."""
         settings, terminal = self.settings, in_terminal()
         with ExitStack() as stack:
             if ranks.is_first():
-                stack.enter_context(self._log_file(settings.log_path))
+                self._open_log(stack, settings.log_path)
             self.curves = Curves(settings.log_path if ranks.is_first() else None, self.step)
-            stack.callback(self.curves.close)
+            if self.curves.writer:
+                stack.callback(self.curves.writer.close)
             self._log_start()
             self._start_lap()
             self.network.train()
             compile_network(self.network, settings, self.device, settings.steps - self.step)
             bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
-            stack.enter_context(bar)
+            stack.callback(bar.close)
             stack.enter_context(logging_redirect_tqdm([log] if terminal else []))
             try:
                 yield bar
@@ -231,30 +257,23 @@ class Training:
                     raise LostProcess(f"{ranks.ENDED}; {self._last_checkpoint()}") from None
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemory(
-                    f"out of memory on {self.device} (batch_size {settings.batch_size}): try --accumulate "
-                    f"{2 * settings.accumulate} (same gradients, half the memory) or --checkpoint_activations true; "
-                    f"{self._last_checkpoint()}"
-                ) from None
+                advice = f"try --accumulate {2 * settings.accumulate} (same gradients, half the memory)"
+                raise OutOfMemory(f"out of memory on {self.device}: {advice}; {self._last_checkpoint()}") from None
 
-    @contextmanager
-    def _log_file(self, folder: Path) -> Iterator[None]:
-        """Within this, the log also goes to train.log, which is locked. Raises Occupied where it is locked already."""
+    def _open_log(self, stack: ExitStack, folder: Path) -> None:
+        """Until `stack` ends, the log also goes to train.log, which is locked. Raises Occupied where it is already."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(folder / "train.log")
         except OSError as error:
             raise NotWritable(f"{folder} can't be written: {error.strerror}") from None
+        stack.callback(handler.close)
+        if not lock(handler.stream):  # type: ignore[arg-type]
+            raise Occupied(f"another process trains run {self.settings.run} ({folder})")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
-        try:
-            if not lock(handler.stream):  # type: ignore[arg-type]
-                raise Occupied(f"another process trains run {self.settings.run} ({folder})")
-            write_bytes(folder / "settings.json", json.dumps(asdict(self.requested), indent=2).encode())
-            yield
-        finally:
-            log.removeHandler(handler)
-            handler.close()
+        stack.callback(log.removeHandler, handler)
+        write_bytes(folder / "settings.json", json.dumps(asdict(self.requested), indent=2).encode())
 
     def _log_start(self) -> None:
         settings, start = self.settings, self.start
@@ -262,22 +281,14 @@ class Training:
         if start.changes:
             log.info("changed since the checkpoint: " + ", ".join(start.changes))
         if start.checkpoint:
-            resumes = start.checkpoint.optimizer is not None
-            log.info(f"resumes at step {self.step} of {start.source}" if resumes else f"weights of {start.source}")
-        log.info(f"validation on {len(self.validation)} pairs of {self.val_folder}, the same ones every time")
-        half = compute_dtype(settings.precision, self.device, training=True) != torch.float32
-        log.info(
-            f"run {settings.run}: {model.count_parameters(self.network)} parameters on {self.device} in "
-            f"{'bf16' if half else 'float32'}, steps {self.step} to {settings.steps}"
-        )
-        if ranks.count() > 1:
-            log.info(
-                f"{ranks.count()} processes share each batch: {settings.batch_size} crops in all, "
-                f"{len(ranks.part(settings.batch_size))} here; learning rate {settings.lr:g}, as for one process"
-            )
+            log.info(f"starts at step {self.step} with the weights of {start.source}")
+        log.info(f"validation on {len(self.validation)} pairs of {self.validation[0].parent}, the same ones every time")
+        dtype = str(compute_dtype(settings.precision, self.device, training=True)).removeprefix("torch.")
+        size = f"{model.count_parameters(self.network)} parameters"
+        log.info(f"run {settings.run}, steps {self.step} to {settings.steps}: {size}, {dtype} on {self.device}")
 
     def _start_lap(self) -> None:
-        """From one line of the log to the next: steps, and seconds spent waiting for crops."""
+        """A lap is from one line of the log to the next: its steps, and seconds of waiting for crops."""
         self.lap_started, self.lap_steps, self.waited = time.monotonic(), 0, 0.0
 
     def log_step(self, result: dict[str, float], rate: float) -> dict[str, str]:
@@ -286,24 +297,20 @@ class Training:
         speed, wait_share = self.lap_steps * settings.batch_size / seconds, self.waited / seconds
         left = timedelta(seconds=round((settings.steps - self.step) * seconds / self.lap_steps))
         psnr = result[f"stage_{self.network.output_num}/psnr"]
-        values = {**result, "lr": rate, "images_per_second": speed, "wait_share": wait_share}
-        self.curves.add(self.step, {f"train/{name}": value for name, value in values.items()})
-        if ranks.is_first():
-            log.info(
-                f"step {self.step}/{settings.steps}  loss {result['loss']:.6f}  psnr {psnr:.2f} dB  lr {rate:g}  "
-                f"{speed:.1f} images/s  waiting for data {wait_share:.1%}  left {left}"
-            )
+        speeds = {"images_per_second": speed, "wait_share": wait_share}
+        self.curves.add(self.step, "train", {**result, "lr": rate, **speeds})
+        log.info(
+            f"step {self.step}/{settings.steps}  loss {result['loss']:.6f}  psnr {psnr:.2f} dB  lr {rate:g}  "
+            f"{speed:.1f} images/s  waiting for data {wait_share:.1%}  left {left}"
+        )
         self._start_lap()
         return {"loss": f"{result['loss']:.5f}", "psnr": f"{psnr:.2f}"}
 
     def log_end(self) -> None:
         """Say where the checkpoint is, and what to do next."""
-        run, latest, best = self.settings.run, self.path("latest"), self.path("best")
-        if self.step < self.settings.steps:
+        settings, latest, best = self.settings, self.path("latest"), self.path("best")
+        if self.step < settings.steps:
             log.info(f"stopped at step {self.step}; the same command resumes from {latest}")
             return
-        more = "epochs" if self.requested.epochs else "steps"
-        log.info(
-            f"run {run} has had its {self.settings.steps} steps: {best if best.is_file() else latest}; "
-            f"test it with -a test -m {run}, train on with --{more}"
-        )
+        more, path = "epochs" if self.requested.epochs else "steps", best if best.is_file() else latest
+        log.info(f"{settings.steps} steps are done: {path}; next -a test -m {settings.run}, or train on with --{more}")

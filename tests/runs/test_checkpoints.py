@@ -127,7 +127,7 @@ def test_find(tmp_path, monkeypatch):
     assert file(str(tmp_path / "a" / "latest.pth")) == "a/latest.pth"
     monkeypatch.chdir(tmp_path / "a")
     assert checkpoints.find("step_5.pth", tmp_path).samefile(tmp_path / "a" / "step_5.pth")
-    with pytest.raises(MissingFile, match="a/best, a/latest, a/step_5, b, b/latest, shipped"):
+    with pytest.raises(MissingFile, match="a, b, shipped"):
         checkpoints.find("c", tmp_path)
     with pytest.raises(MissingFile):
         checkpoints.find("c", tmp_path / "empty")

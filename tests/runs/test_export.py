@@ -9,7 +9,6 @@ from base.files import ROOT
 from commands import LONG, SMALL, call, read, read_csv, same_weights
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from runs.export import write_export
 from settings import override, resolve
 
 
@@ -75,7 +74,7 @@ def test_the_file_holds_weights_and_settings_alone(tmp_path):
     average = {name: value + 1 for name, value in weights.items()}
     trained = Checkpoint(weights, 7, settings, {"state": {}}, random, 20.5, average=average, device="cpu")
     checkpoints.save(tmp_path / "run" / "latest.pth", trained)
-    write_export(tmp_path / "run" / "latest.pth", tmp_path / "small.pth", {})
+    call("-a", "export", "-m", "run", "--model_dir", tmp_path, "--run", "small")
     values = torch.load(tmp_path / "small.pth", weights_only=True)
     assert [values[name] for name in ("optimizer", "random", "average", "device")] == [None, None, None, ""]
     assert b"elsewhere" not in (tmp_path / "small.pth").read_bytes()
@@ -85,4 +84,4 @@ def test_the_file_holds_weights_and_settings_alone(tmp_path):
     assert same_weights(exported.network, average)
     torch.save({"net": weights, "clock": 1}, tmp_path / "published")
     with pytest.raises(Mismatch):
-        write_export(tmp_path / "published", tmp_path / "x.pth", {})
+        call("-a", "export", "-m", "published", "--model_dir", tmp_path, "--run", "x")

@@ -11,8 +11,8 @@ from base.errors import Mismatch
 from commands import LONG, OTHERS, SMALL, TINY, call, files, read, same_state, scalars
 from conftest import make_pair
 from runs import checkpoints, training
+from runs.checkpoints import choose_start
 from runs.restore import open_network
-from runs.start import choose_start
 from settings import resolve
 
 

@@ -1,6 +1,7 @@
 """Trainings in this process: learning, curves, log, best and averaged weights, errors that keep the last checkpoint."""
 
 import json
+import os
 import re
 
 import cv2
@@ -11,7 +12,7 @@ import torch
 import fake_graphs
 import main
 import show
-from base.errors import BadArgument, NotFinite, OutOfMemory
+from base.errors import BadArgument, NotFinite, NotWritable, OutOfMemory
 from commands import LONG, OTHERS, SMALL, TINY, call, files, read, read_csv, same_state, same_weights, scalars
 from conftest import write_vgg
 from fake_cuda import keep_on_cpu
@@ -47,7 +48,6 @@ def test_curves_log_and_files(places, tmp_path):
     assert min(value for _, value in curves["train/images_per_second"]) > 0
     for loss, first, second in zip(*(curves[f"train/{n}"] for n in ("loss", "stage_1/loss", "stage_2/loss")), strict=1):
         assert loss[1] == pytest.approx(first[1] + second[1], rel=1e-5)
-    assert [step for step, _ in curves["val/preview"]] == [2, 4]
     preview = cv2.imread(str(tmp_path / "log_dir" / "sdsen" / "preview.png"))
     assert preview.shape == (40, 4 * 48, 3)  # O, two stages, B
     assert (preview[:, -48:] == cv2.imread(str(tmp_path / "data" / "val" / "0.png"))[:, :48]).all()
@@ -264,3 +264,25 @@ def test_another_error_of_a_step_comes_through(places, monkeypatch):
     monkeypatch.setattr(main, "train_step", wrong)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_full_disk_is_one_error(tmp_path, monkeypatch):
+    points = training.Curves(tmp_path, 0)
+    points.add(1, "train", {"a": 1.0})
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(points.writer, "_writer", full)
+        with pytest.raises(NotWritable):
+            points.add(2, "train", {"a": 1.0, "b": 2.0})
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == size
+
+
+def test_without_tensorboardx_there_is_a_line_and_no_file(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(training, "Event", None)
+    monkeypatch.setattr(training.log, "warning", lines.append)
+    nothing = training.Curves(tmp_path, 0)
+    nothing.add(1, "train", {"a": 1.0})
+    assert len(lines) == 1
+    assert not list(tmp_path.iterdir())
