@@ -6,7 +6,6 @@
     python main.py -a models
     python main.py -a tables --run dsen_rain800
     python main.py -a tilt -m cnn dsen
-    python main.py -a stages -m sdsen
 
 `python main.py -h` lists the settings.
 """
@@ -35,7 +34,7 @@ from dataset import data_path, list_pairs
 from datasets.loader import training_batches
 from fast import graphs
 from fast.graphs import Replay
-from paper import command, stages, tilt
+from paper import command, tilt
 from presets import PRESETS
 from runs.export import export
 from runs.optimization import Outcome, clip_gradients, learning_rate, split_batch, step_scores, synchronized
@@ -217,7 +216,7 @@ def models() -> None:
         )
 
 
-ACTIONS = ("train", "test", "export", "models", "tables", "tilt", "stages")
+ACTIONS = ("train", "test", "export", "models", "tables", "tilt")
 
 
 def check_arguments(action: str, preset: str | None, names: list[str], words: list[str]) -> None:
@@ -226,7 +225,7 @@ def check_arguments(action: str, preset: str | None, names: list[str], words: li
         raise BadArgument(f"-a {action} takes no -p and no -m")
     if action == "models" and words:
         raise BadArgument("-a models takes no other argument")
-    if action in ("export", "tilt", "stages") and (preset or not names):
+    if action in ("export", "tilt") and (preset or not names):
         raise BadArgument(f"-a {action} is about checkpoints: name them with -m, without -p")
     if action not in ("tilt", "export") and len(names) > 1:
         raise BadArgument(f"-m takes one checkpoint, got {' '.join(names)}")
@@ -259,8 +258,6 @@ def main(arguments: list[str]) -> int:
         with ranks.joined():
             if known.action == "tilt":
                 tilt.measure(names, overrides)
-            elif known.action == "stages":
-                stages.measure(names[0], overrides)
             else:
                 action = {"train": train, "test": test}[known.action]
                 action(known.preset, names[0] if names else None, overrides)
