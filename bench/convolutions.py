@@ -6,6 +6,7 @@ A padded convolution computes more, and may still be faster: the kernels for ten
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def measure(
     for channels, padded in candidates.items():
         group = [{"channels": channels, "padded": pair} for pair in padded]
         for name, use in named.items():
-            runs = {pair: _in_a_row(make(pair, use, device)) for pair in padded}
+            runs = {pair: partial(_calls, make(pair, use, device)) for pair in padded}
             alternate(runs, device, 1, 0)
             seconds = alternate(runs, device, repeats or REPEATS, 0)
             for row in group:
@@ -96,12 +97,9 @@ def measure(
     return rows
 
 
-def _in_a_row(run: Callable) -> Callable:
-    def calls() -> None:
-        for _ in range(CALLS):
-            run()
-
-    return calls
+def _calls(run: Callable) -> None:
+    for _ in range(CALLS):
+        run()
 
 
 def table_rows(numbers: list[Numbers], named: dict[str, Use]) -> list[list[str]]:
@@ -115,9 +113,5 @@ def table_rows(numbers: list[Numbers], named: dict[str, Use]) -> list[list[str]]
             f"({plain[name]['median'] / row[name]['median']:.2f})"
             for name in named
         ]
-        rows.append([f"{_arrow(row['channels'])} as {_arrow(row['padded'])}", *cells])
+        rows.append(["{} -> {} as {} -> {}".format(*row["channels"], *row["padded"]), *cells])
     return rows
-
-
-def _arrow(channels: Channels) -> str:
-    return f"{channels[0]} -> {channels[1]}"
