@@ -79,10 +79,7 @@ def nominal_flop(channels: Channels, use: Use) -> float:
 def measure(
     device: torch.device, named: dict[str, Use], repeats: int | None = None, candidates: dict = CANDIDATES
 ) -> list[Numbers]:
-    """Of each convolution and candidate, seconds of a call and nominal TFLOP/s, those of the unpadded one, in each use.
-
-    The candidates of a convolution are timed in turn.
-    """
+    """Of each candidate, in each use, seconds of a call and the unpadded convolution's nominal TFLOP/s."""
     rows = []
     for channels, padded in candidates.items():
         group = [{"channels": channels, "padded": pair} for pair in padded]

@@ -135,9 +135,9 @@ def compare(kind: str, job: Job) -> tuple[Numbers, str]:
         numbers["difference"] = abs(plain - here) / abs(plain)
     else:
         numbers["difference"] = max((a - b).abs().max().item() for a, b in zip(plain, here, strict=True))
-    of = "relative, of the loss" if kind == "training" else "absolute, of the stages' outputs"
-    rows = [*compare_rows(numbers, job.limits), [f"largest difference, {of}", "", f"{numbers['difference']:.1e}"]]
-    inputs = job.crops() if kind == "training" else "x".join(map(str, size))
+    of = "relative difference of the loss" if kind == "training" else "largest difference of the stages' outputs"
+    rows = [*compare_rows(numbers, job.limits), [of, "", f"{numbers['difference']:.1e}"]]
+    inputs = job.crops() if kind == "training" else "x".join(map(str, size[::-1]))
     return numbers, table(f"{kind}: {PRESET}, {inputs}", [*SIDES, "ratio"], rows)
 
 
