@@ -9,9 +9,8 @@ This code computes in its device's default precision: float32 on the CPU, 16 bit
 in float32, on a GPU without TF32.
 
 FLOPs are nominal: those of the plain algorithm, two for each of `Network.macs_per_pixel`, and three forward passes per
-training step. This code does fewer multiplications, so its share of the limit may exceed 100 %. The limits are measured
-in the same run: the best rates of a large float32 matrix product and of a large copy. Peak memory is what a first call
-adds; on a CPU each is measured in a fresh process.
+training step. This code does fewer multiplications, so its share of the limit, the best rate of a large matrix product
+in the same run, may exceed 100 %. Peak memory is what a first call adds; on a CPU each is measured in a fresh process.
 
 A section that fails does not stop the others; the exit status is 1 then.
 """
@@ -42,18 +41,13 @@ DEFAULT_SECTIONS = {"cpu": ("inference", "training", "startup", "data"), "cuda":
 
 
 def describe_machine(device: torch.device) -> Numbers:
-    numbers = {
+    return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
-    if device.type == "cuda":
-        numbers["gpu"] = torch.cuda.get_device_name(device)
-    return numbers
 
 
 def _cpu_model() -> str:
@@ -63,38 +57,21 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def measure_limits(device: torch.device, side: int, megabytes: int) -> Numbers:
-    """The best GFLOP/s of matrix products of `side` cubed, and the best GB/s, read and written, of a copy."""
+def measure_limits(device: torch.device, side: int) -> Numbers:
+    """The best GFLOP/s of products of square matrices of this side, in float32 and in bf16."""
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
-    x = torch.rand(megabytes * 2**18, device=device)
-    y = torch.empty_like(x)
-    runs = {
-        "float32": lambda: torch.mm(a, b),
-        "bf16": lambda: torch.mm(a_bf16, b_bf16),
-        "copy": lambda: y.copy_(x),
-    }
+    runs = {"gflops": lambda: torch.mm(a, b), "gflops_bf16": lambda: torch.mm(a_bf16, b_bf16)}
     alternate(runs, device, 1, 0)
-    seconds = {name: min(s) for name, s in alternate(runs, device, 10, 0).items()}
-    return {
-        "gflops": 2e-9 * side**3 / seconds["float32"],
-        "gflops_bf16": 2e-9 * side**3 / seconds["bf16"],
-        "side": side,
-        "gb_per_second": 2e-9 * x.nbytes / seconds["copy"],
-        "megabytes": megabytes,
-    }
+    return {name: 2e-9 * side**3 / min(s) for name, s in alternate(runs, device, 10, 0).items()}
 
 
 def bench(job: Job, names: Sequence[str], path: Path | None) -> None:
     """Measure and print sections in turn; their numbers go to the file at `path` as soon as they are there."""
     machine = describe_machine(job.device)
-    limits = job.limits = measure_limits(job.device, job.sizes.matrix, job.sizes.megabytes)
+    limits = job.limits = measure_limits(job.device, job.sizes.matrix)
     print("machine:", ", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(
-        f"limits:  matrix product of {limits['side']} cubed: {limits['gflops']:.1f} GFLOP/s in float32, "
-        f"{limits['gflops_bf16']:.1f} in bf16; copy of {limits['megabytes']} MiB: {limits['gb_per_second']:.1f} GB/s",
-        flush=True,
-    )
+    print("limits: ", ", ".join(f"{name} {value:.1f}" for name, value in limits.items()), flush=True)
     report.add(path, {"machine": machine, "limits": limits, "sizes": asdict(job.sizes)})
     for name in names:
         if found := job.attempt(name, partial(SECTIONS[name], job)):

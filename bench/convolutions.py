@@ -6,6 +6,7 @@ A padded convolution computes more, and may still be faster: the kernels for ten
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,15 +79,12 @@ def nominal_flop(channels: Channels, use: Use) -> float:
 def measure(
     device: torch.device, named: dict[str, Use], repeats: int | None = None, candidates: dict = CANDIDATES
 ) -> list[Numbers]:
-    """Of each convolution and candidate, seconds of a call and nominal TFLOP/s, those of the unpadded one, in each use.
-
-    The candidates of a convolution are timed in turn.
-    """
+    """Of each candidate, in each use, seconds of a call and the unpadded convolution's nominal TFLOP/s."""
     rows = []
     for channels, padded in candidates.items():
         group = [{"channels": channels, "padded": pair} for pair in padded]
         for name, use in named.items():
-            runs = {pair: _in_a_row(make(pair, use, device)) for pair in padded}
+            runs = {pair: partial(_calls, make(pair, use, device)) for pair in padded}
             alternate(runs, device, 1, 0)
             seconds = alternate(runs, device, repeats or REPEATS, 0)
             for row in group:
@@ -96,12 +94,9 @@ def measure(
     return rows
 
 
-def _in_a_row(run: Callable) -> Callable:
-    def calls() -> None:
-        for _ in range(CALLS):
-            run()
-
-    return calls
+def _calls(run: Callable) -> None:
+    for _ in range(CALLS):
+        run()
 
 
 def table_rows(numbers: list[Numbers], named: dict[str, Use]) -> list[list[str]]:
@@ -115,9 +110,5 @@ def table_rows(numbers: list[Numbers], named: dict[str, Use]) -> list[list[str]]
             f"({plain[name]['median'] / row[name]['median']:.2f})"
             for name in named
         ]
-        rows.append([f"{_arrow(row['channels'])} as {_arrow(row['padded'])}", *cells])
+        rows.append(["{} -> {} as {} -> {}".format(*row["channels"], *row["padded"]), *cells])
     return rows
-
-
-def _arrow(channels: Channels) -> str:
-    return f"{channels[0]} -> {channels[1]}"

@@ -87,7 +87,7 @@ def _title(numbers: Numbers) -> str:
         return "target"
     height, width = sizes["image"]
     crops = f"{sizes['batch']} crops of {sizes['patch']}x{sizes['patch']}"
-    return f"{machine.get('gpu', machine['device'])}: {crops}, {width}x{height} images, {sizes['images']} at once"
+    return f"{machine['device']}: {crops}, {width}x{height} images, {sizes['images']} at once"
 
 
 if __name__ == "__main__":

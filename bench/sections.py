@@ -44,7 +44,6 @@ class Sizes:
     batch: int = 64
     patch: int = 64
     matrix: int = 8192  # side of the limits' matrices
-    megabytes: int = 1024  # of the limits' copy
     budget: float = 4.0  # seconds for the repeats of a kind, beside the warm-up
 
     def of(self, kind: str) -> tuple[int, ...]:
@@ -55,8 +54,8 @@ class Sizes:
 
 SIZES = {
     "cuda": Sizes(),
-    "cpu": Sizes(batch=8, matrix=2048, megabytes=256, budget=35.0),
-    "rehearsal": Sizes((24, 36), 2, 2, 16, 256, 16, 0.0),
+    "cpu": Sizes(batch=8, matrix=2048, budget=35.0),
+    "rehearsal": Sizes((24, 36), 2, 2, 16, 256, 0.0),
 }
 
 
@@ -117,18 +116,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> str:
 # ---------------------------------------------------------------- this code beside the reference
 
 
-def traffic_per_pixel(network: model.DSEN) -> int:
-    """Bytes for each pixel of the input, all stages, if a convolution reads its inputs and writes its outputs once."""
-    planes = 0
-    for module in network.modules():
-        if hasattr(module, "in_channels"):
-            planes += module.in_channels * getattr(module, "in_orientations", 1)
-            planes += module.out_channels * getattr(module, "out_orientations", 1)
-    return 4 * planes * network.stage_num
-
-
-def nominal_gflop(network: model.DSEN, pixels: int) -> float:
-    return 2e-9 * pixels * network.macs_per_pixel()
+def nominal_gflop(preset: str, pixels: int) -> float:
+    return 2e-9 * pixels * model.build(preset).macs_per_pixel()
 
 
 def compare(kind: str, job: Job) -> tuple[Numbers, str]:
@@ -137,32 +126,26 @@ def compare(kind: str, job: Job) -> tuple[Numbers, str]:
     first = {side: first_call(run, job.device) for side, run in runs.items()}
     numbers: Numbers = {side: summary(s) for side, s in job.alternate(runs).items()}
     numbers["peaks"] = {side: job.peak(kind, side, numbers) for side, (_, numbers) in first.items()}
-    size, network = job.sizes.of(kind), model.build(job.settings())
+    size = job.sizes.of(kind)
     pixels = 3 * size[0] * size[1] ** 2 if kind == "training" else math.prod(size)  # a step counts as three forwards
-    numbers["nominal_gflop"] = nominal_gflop(network, pixels)
-    numbers["nominal_gb"] = 1e-9 * pixels * traffic_per_pixel(network)
+    numbers["nominal_gflop"] = nominal_gflop(PRESET, pixels)
     numbers["speedup"] = numbers["reference"]["median"] / numbers["this code"]["median"]
     plain, here = (result for result, _ in first.values())
     if kind == "training":
         numbers["difference"] = abs(plain - here) / abs(plain)
     else:
         numbers["difference"] = max((a - b).abs().max().item() for a, b in zip(plain, here, strict=True))
-    height, width = job.sizes.image
-    title = {
-        "inference": f"inference: {PRESET}, one {width}x{height} image",
-        "images": f"inference: {PRESET}, {job.sizes.images} images of {width}x{height} at once",
-        "training": f"training step: {PRESET}, {job.crops()}",
-    }[kind]
-    of = "rel. difference of the loss" if kind == "training" else "max abs difference of the stages' outputs"
+    of = "relative difference of the loss" if kind == "training" else "largest difference of the stages' outputs"
     rows = [*compare_rows(numbers, job.limits), [of, "", f"{numbers['difference']:.1e}"]]
-    return numbers, table(title, [*SIDES, "ratio"], rows)
+    inputs = job.crops() if kind == "training" else "x".join(map(str, size[::-1]))
+    return numbers, table(f"{kind}: {PRESET}, {inputs}", [*SIDES, "ratio"], rows)
 
 
 def compare_rows(numbers: Numbers, limits: Numbers) -> list[list[str]]:
     def both(label: str, text: Callable[[Numbers], str]) -> list[str]:
         return [label, *(text(numbers[side]) for side in SIDES)]
 
-    gflop, gb, peaks = numbers["nominal_gflop"], numbers["nominal_gb"], numbers["peaks"]
+    gflop, peaks = numbers["nominal_gflop"], numbers["peaks"]
     less = peaks["reference"]["added"] / max(1, peaks["this code"]["added"])
     return [
         [*both("median, s", lambda n: f"{n['median']:.3f}"), f"{numbers['speedup']:.2f} times faster"],
@@ -170,7 +153,6 @@ def compare_rows(numbers: Numbers, limits: Numbers) -> list[list[str]]:
         both("nominal GFLOP/s", lambda n: f"{gflop / n['median']:.1f}"),
         both("  share of float32's matrix product", lambda n: f"{gflop / n['median'] / limits['gflops']:.1%}"),
         both("  share of bf16's matrix product", lambda n: f"{gflop / n['median'] / limits['gflops_bf16']:.1%}"),
-        both("  share of the copy's GB/s, nominal", lambda n: f"{gb / n['median'] / limits['gb_per_second']:.1%}"),
         ["peak memory added, MiB", *(_mib(peaks[side]["added"]) for side in SIDES), f"{less:.2f} times less"],
         ["  to that of imports and network, MiB", *(_mib(peaks[side]["before"]) for side in SIDES)],
     ]
@@ -198,7 +180,7 @@ def measure_steps(job: Job, preset: str, names: Sequence[str]) -> Numbers:
     started = {name: job.attempt(f"{preset}, {name}", partial(start, name)) for name in names}
     started = {name: both for name, both in started.items() if both}
     seconds = job.alternate({name: run for name, (run, _) in started.items()})
-    gflop = nominal_gflop(model.build(job.settings(preset)), 3 * job.sizes.batch * job.sizes.patch**2)
+    gflop = nominal_gflop(preset, 3 * job.sizes.batch * job.sizes.patch**2)
     return {
         name: {**summary(s), "tflops": 1e-3 * gflop / summary(s)["median"], "first": started[name][1]}
         for name, s in seconds.items()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
@@ -39,20 +40,9 @@ def start_training(folder: Path, name: str, words: list[str]) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def read_until(process: subprocess.Popen, text: str, times: int) -> list[str]:
-    """The lines of a process until as many of them start with `text`, or it ends."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line.rstrip("\n"))
-        times -= line.startswith(text)
-        if not times:
-            break
-    return lines
-
-
-def finish(process: subprocess.Popen, read: list[str] | None = None) -> list[str]:
+def finish(process: subprocess.Popen, read: Sequence[str] = ()) -> list[str]:
     """All lines of a training, of which some were `read`. Raises LostProcess with the last one where it failed."""
-    lines = [*(read or []), *process.communicate()[0].splitlines()]
+    lines = [*read, *process.communicate()[0].splitlines()]
     if process.returncode:
         raise LostProcess(f"the training failed: {lines[-1] if lines else 'no output'}")
     return lines
@@ -64,7 +54,7 @@ def validation_psnr(lines: list[str]) -> dict[int, float]:
     return {int(match[1]): float(match[2]) for match in found if match}
 
 
-def project(lines: list[str], seconds: float, batch_size: int, save_steps: int = SAVE_STEPS) -> dict[str, float]:
+def project(lines: list[str], seconds: float, batch_size: int) -> dict[str, float]:
     """From the lines of a training up to its last validation, after `seconds`, what the paper's training would take.
 
     All values in seconds: `start` is what comes before the steps, `step` and `validation` are medians, without the
@@ -75,7 +65,7 @@ def project(lines: list[str], seconds: float, batch_size: int, save_steps: int =
     step = batch_size / statistics.median(rates[1:] or rates)
     validation = statistics.median(validations[1:] or validations)
     start = max(0.0, seconds - max(validation_psnr(lines)) * step - sum(validations))
-    whole = start + PAPER_STEPS * step + PAPER_STEPS // save_steps * validation
+    whole = start + PAPER_STEPS * step + PAPER_STEPS // SAVE_STEPS * validation
     return {"start": start, "step": step, "validation": validation, "whole": whole}
 
 
@@ -86,8 +76,9 @@ def run(words: list[str], steps: int, batch_size: int) -> Numbers:
     words = [*(f"--{name}={value}" for name, value in own.items()), *words]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        process = start_training(Path(folder), "run", words)
-        lines = read_until(process, "validation at step", 2)
+        process, lines = start_training(Path(folder), "run", words), []
+        while len(validation_psnr(lines)) < 2 and (line := process.stdout.readline()):
+            lines.append(line.rstrip())
         seconds = time.perf_counter() - started
         process.send_signal(signal.SIGINT)  # it saves and ends
         finish(process, lines)
@@ -122,10 +113,9 @@ def curve(words: list[str], steps: int, batch_size: int) -> Numbers:
 def compare_outputs(
     name: str, overrides: dict[str, str], precision: str = "bf16", images: int | None = None
 ) -> list[dict[str, float]]:
-    """What 16 bits change in the last stage's output, for each test image of the built-in set or the first few.
+    """Of each test image of the built-in set, or the first few, what 16 bits change in the last stage's output.
 
-    `p999` and `max` are of the absolute difference to float32, in levels of 255; `psnr` is that of `precision` less
-    float32's.
+    `p999` and `max`: the absolute difference to float32, in levels of 255. `psnr`: that of `precision` less float32's.
     """
     import torch  # which takes seconds, and only this function needs it
 
@@ -142,13 +132,9 @@ def compare_outputs(
         with torch.inference_mode():
             plain, half = (list(restore(network, O, Restoring(precision=p)))[-1] for p in ("float32", precision))
         difference = 255 * (half - plain).abs().flatten()
-        rows.append(
-            {
-                "p999": difference.kthvalue(round(0.999 * difference.numel())).values.item(),
-                "max": difference.max().item(),
-                "psnr": (psnr(half[None], B[None]) - psnr(plain[None], B[None])).item(),
-            }
-        )
+        p999 = difference.kthvalue(round(0.999 * difference.numel())).values.item()
+        change = (psnr(half[None], B[None]) - psnr(plain[None], B[None])).item()
+        rows.append({"p999": p999, "max": difference.max().item(), "psnr": change})
     return rows
 
 

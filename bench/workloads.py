@@ -70,6 +70,8 @@ def make(kind: str, name: str, settings: Settings, device: torch.device, size: t
 
     def run_variant() -> Any:
         with ExitStack() as stack:
+            if kind != "training":
+                stack.enter_context(torch.no_grad())
             if not variant.compiler:
                 stack.enter_context(mock.patch.object(native, "library", return_value=None))
             if variant.plain:
@@ -102,19 +104,14 @@ def _images(variant: Variant, settings: Settings, device: torch.device, size: tu
     number, height, width = size
     O = torch.rand(number, 3, height, width, generator=generator).to(device)
     if variant.plain:
-        return lambda: _without_gradients(network.eval(), O)
+        return lambda: network.eval()(O)
     _REPLAYING.enter_context(graphs.replaying(network.eval(), device))
 
     def run() -> list[Tensor]:
         with autocast(settings.precision, device):
-            return _without_gradients(network.at_once, O, network.output_num)
+            return network.at_once(O, network.output_num)
 
     return run
-
-
-@torch.no_grad()
-def _without_gradients(network: Callable, *inputs: Any) -> list[Tensor]:
-    return network(*inputs)
 
 
 def _training(variant: Variant, settings: Settings, device: torch.device, size: tuple[int, int]) -> Callable:

@@ -1,7 +1,6 @@
 """The rows of the paper's tables: network, data set, recipe and seed of each, and the scores in the paper."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ from base.errors import BadArgument, Mismatch
 from base.files import ROOT
 from presets import PRESETS
 from runs import checkpoints
-from runs.checkpoints import Checkpoint
 from settings import Settings, resolve
 
 DATA_SETS = {"rain800": "Zhang800", "rain100h": "Rain100H"}  # folder in data/: name in the paper
@@ -28,23 +26,23 @@ SAME_TIME = {
 RECIPE_FIELDS = (
     "patch_size batch_size aug_data rain seed epochs lr schedule milestones warmup clip_norm loss loss_stages average"
 ).split()
-# PSNR and SSIM in the S-DSEN paper: on Rain100H, then on Zhang800.
+# PSNR / SSIM in the S-DSEN paper: on Rain100H, then on Zhang800.
 PAPER = {
-    "cnn": (23.36, 0.7557, 22.88, 0.8127),
-    "cnn_da": (22.21, 0.7055, 24.04, 0.8044),
-    "cnn_c4da": (22.74, 0.7320, 22.49, 0.7891),
-    "dsen": (23.60, 0.7618, 23.39, 0.8162),
-    "dsen_maxpool": (22.83, 0.7359, 22.30, 0.7916),
-    "dsen_avgpool": (22.86, 0.7382, 22.30, 0.7916),
-    "dsen_wo_se": (23.46, 0.7595, 22.53, 0.8035),
-    "mcnn": (23.70, 0.7226, 22.90, 0.7965),
-    "mcnn_sr": (26.36, 0.8395, 23.52, 0.8362),
-    "mdsen": (23.98, 0.7295, 23.48, 0.8000),
-    "mdsen_sc": (25.84, 0.8182, 23.79, 0.8269),
-    "sdsen": (27.16, 0.8589, 23.64, 0.8379),
-    "sdsen_s2": (25.04, 0.8028, 23.53, 0.8270),
-    "sdsen_s4": (26.24, 0.8328, 23.74, 0.8340),
-    "sdsen_s6": (26.90, 0.8520, 23.66, 0.8364),
+    "cnn": ("23.36 / 0.7557", "22.88 / 0.8127"),
+    "cnn_da": ("22.21 / 0.7055", "24.04 / 0.8044"),
+    "cnn_c4da": ("22.74 / 0.7320", "22.49 / 0.7891"),
+    "dsen": ("23.60 / 0.7618", "23.39 / 0.8162"),
+    "dsen_maxpool": ("22.83 / 0.7359", "22.30 / 0.7916"),
+    "dsen_avgpool": ("22.86 / 0.7382", "22.30 / 0.7916"),
+    "dsen_wo_se": ("23.46 / 0.7595", "22.53 / 0.8035"),
+    "mcnn": ("23.70 / 0.7226", "22.90 / 0.7965"),
+    "mcnn_sr": ("26.36 / 0.8395", "23.52 / 0.8362"),
+    "mdsen": ("23.98 / 0.7295", "23.48 / 0.8000"),
+    "mdsen_sc": ("25.84 / 0.8182", "23.79 / 0.8269"),
+    "sdsen": ("27.16 / 0.8589", "23.64 / 0.8379"),
+    "sdsen_s2": ("25.04 / 0.8028", "23.53 / 0.8270"),
+    "sdsen_s4": ("26.24 / 0.8328", "23.74 / 0.8340"),
+    "sdsen_s6": ("26.90 / 0.8520", "23.66 / 0.8364"),
 }
 TABLES = {
     "Table 1": ("cnn", "cnn_da", "cnn_c4da", "dsen"),
@@ -80,14 +78,12 @@ class Row(NamedTuple):
     @property
     def paper_scores(self) -> str:
         """PSNR and SSIM in the S-DSEN paper; "-" where it has no such row."""
-        if self.preset not in PAPER:
-            return "-"
-        scores = PAPER[self.preset]
-        return "{:.2f} / {:.4f}".format(*(scores[:2] if self.data == "rain100h" else scores[2:]))
+        on_rain100h, on_rain800 = PAPER.get(self.preset, ("-", "-"))
+        return on_rain100h if self.data == "rain100h" else on_rain800
 
 
 class Run(NamedTuple):
-    """The training run of a row, in its folders on this machine."""
+    """The training of a row, in its folders on this machine."""
 
     row: Row
     settings: Settings
@@ -96,26 +92,24 @@ class Run(NamedTuple):
     def name(self) -> str:
         return self.row.name
 
-    @property
-    def latest(self) -> Path:
-        return self.settings.model_path / "latest.pth"
-
-    def load(self) -> Checkpoint | None:
-        """The run's last checkpoint; None where there is none."""
-        return checkpoints.load(self.latest) if self.latest.is_file() else None
+    def file(self, name: str) -> Path:
+        """Where a file of the run lies: a checkpoint in its models' folder, any other in its log's."""
+        return (self.settings.model_path if name.endswith(".pth") else self.settings.log_path) / name
 
     @property
     def step(self) -> int:
         """Steps that the run has had. Raises Mismatch where it was started with another recipe."""
-        checkpoint = self.load()
-        if not checkpoint:
+        latest = self.file("latest.pth")
+        if not latest.is_file():
             return 0
-        if name := first_difference(RECIPE_FIELDS, self.settings, checkpoint.settings):
+        checkpoint = checkpoints.load(latest)
+        for name in RECIPE_FIELDS:
             found, wanted = getattr(checkpoint.settings, name, None), getattr(self.settings, name)
-            raise Mismatch(
-                f"{self.latest} was started with {name} {found}, but {self.name} has {wanted}: move that run away, or "
-                f"resume it with --{name}"
-            )
+            if found != wanted:
+                raise Mismatch(
+                    f"{latest} was started with {name} {found}, but {self.name} has {wanted}: move that run away, "
+                    f"or resume it with --{name}"
+                )
         return checkpoint.step
 
 
@@ -155,8 +149,3 @@ def rows_with_runs(overrides: dict[str, Any]) -> list[Row]:
     """The rows whose run lies in model_dir."""
     paths = sorted(Path(resolve(overrides=overrides).model_dir).glob("*/latest.pth"))
     return [row for path in paths if (row := parse_name(path.parent.name))]
-
-
-def first_difference(names: Sequence[str], a: Settings, b: Settings | None) -> str | None:
-    """The first of these settings in which `a` and `b` differ; None where all are equal."""
-    return next((name for name in names if getattr(a, name) != getattr(b, name, None)), None)

@@ -6,7 +6,6 @@ It writes results/tilt.json and docs/pictures/tilt.png. A run's name alone is it
 rows of the paper's recipe are tested as RUN/latest.
 """
 
-from collections.abc import Sequence
 from math import ceil, hypot
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from base.images import read_pair
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
-from paper.results import Result, write_result
+from paper.tables import Result, write_result
 from runs.restore import Restoring, open_network, restore_8bit
 from synthesis.streaks import render
 from synthesis.styles import STYLES, RainStyle
@@ -35,29 +34,22 @@ IMAGES = 24  # backgrounds
 SOFTENING = 0.7  # sigma of the blur, pixels
 SIDE = 256  # of the square that is cut out of a background, pixels: it holds the same scene at every angle
 INPUT = "rainy input"
+Pair = tuple[Tensor, Tensor]
 
 
 def turned_rain(side: int, style: RainStyle, angle: float, rng: np.random.Generator) -> np.ndarray:
-    """A rain layer (side, side) uint8, turned by `angle` degrees; the same generator state gives the same rain.
-
-    The rain is rendered on a square that holds the result at every angle, and softened before it is turned, so that it
-    is equally sharp at every angle in spite of the interpolation.
-    """
-    canvas = ceil(hypot(side, side)) + 4
+    """A rain layer (side, side) uint8, turned by `angle` degrees; the same generator state gives the same rain."""
+    canvas = ceil(hypot(side, side)) + 4  # holds the result at every angle
     canvas += (canvas - side) % 2  # both squares have the same middle
+    # Softened, so that it is equally sharp at every angle in spite of the interpolation.
     rain = cv2.GaussianBlur(render(canvas, canvas, style, rng), (0, 0), SOFTENING)
     matrix = cv2.getRotationMatrix2D(((canvas - 1) / 2, (canvas - 1) / 2), -angle, 1)
     matrix[:, 2] -= (canvas - side) // 2
     return cv2.warpAffine(rain, matrix, (side, side), flags=cv2.INTER_LANCZOS4)
 
 
-def tilted_pairs(
-    paths: Sequence[tuple[int, Path]], style: RainStyle, angle: float, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """(O, B), each (3, SIDE, SIDE) uint8: the middle of each numbered pair's background, under rain turned by `angle`.
-
-    The rain of a number is the same at every angle.
-    """
+def tilted_pairs(paths: list[tuple[int, Path]], style: RainStyle, angle: float, seed: int) -> list[Pair]:
+    """(O, B), each (3, SIDE, SIDE) uint8: the middle of each numbered pair's background, under its rain turned."""
     pairs = []
     for number, path in paths:
         clean, _ = read_pair(path)
@@ -71,8 +63,7 @@ def tilted_pairs(
 def measure(names: list[str], overrides: dict[str, Any]) -> None:
     """PSNR of each checkpoint at each angle, on test backgrounds of the first one's data set.
 
-    The rain is that of `--rain`, else the first run's, else rain800. Several ranks share the backgrounds. Raises
-    MissingFile where no background is large enough.
+    The rain is that of `--rain`, else the first run's, else rain800. Raises MissingFile without a background.
     """
     others = {name: value for name, value in overrides.items() if name != "rain"}
     opened = [(name, *open_network(None, name, others)) for name in names]
@@ -102,40 +93,24 @@ def measure(names: list[str], overrides: dict[str, Any]) -> None:
         log.info(f"wrote {write_result('tilt', result)} and {PLOT}")
 
 
-def _mean_psnr(pairs: list[tuple[Tensor, Tensor]]) -> float:
+def _mean_psnr(pairs: list[Pair]) -> float:
     values = ranks.gather([scores(image, B)["psnr"] for image, B in pairs])
     return round(float(np.mean(values)), 4)
 
 
 def plot(result: Result, path: Path) -> None:
     """Two plots over the angle: PSNR, and PSNR less that at 0 degrees."""
-    import matplotlib  # takes a second, and nothing else needs it
+    from matplotlib.figure import Figure  # takes a second, and nothing else needs it
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure = Figure((11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     upright = result["angles"].index(0)
     for name, psnr in result["psnr"].items():
         style = {"color": "grey", "linestyle": ":"} if name == INPUT else {"marker": "."}
         left.plot(result["angles"], psnr, label=name, **style)
         right.plot(result["angles"], np.array(psnr) - psnr[upright], **style)
-    left.set(ylabel="PSNR, dB")
-    right.set(ylabel="PSNR less that at 0 degrees, dB")
-    for axes in (left, right):
-        axes.set(xlabel=f"degrees that {result['rain']} rain is turned by", xticks=range(-90, 91, 30))
+    for axes, label in ((left, "PSNR, dB"), (right, "PSNR less that at 0 degrees, dB")):
+        axes.set(xlabel=f"degrees that {result['rain']} rain is turned by", ylabel=label, xticks=range(-90, 91, 30))
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def columns_and_rows(result: Result) -> tuple[list[str], list[list[str]]]:
-    """The table of a result: PSNR by angle, and the worst angle's less that at 0 degrees."""
-    angles, upright = result["angles"], result["angles"].index(0)
-    rows = [
-        [name, *(f"{value:.2f}" for value in psnr), f"{min(psnr) - psnr[upright]:+.2f}"]
-        for name, psnr in result["psnr"].items()
-    ]
-    return ["PSNR at", *(f"{angle}°" for angle in angles), "worst less 0°"], rows

@@ -64,7 +64,7 @@ def test_the_scores_in_the_paper_are_those_of_the_data_set():
 def test_a_run_of_another_recipe_is_not_resumed(tmp_path):
     run = rows.find_run(Row("cnn", "rain800"), {"model_dir": str(tmp_path)})
     assert run.step == 0
-    checkpoints.save(run.latest, Checkpoint({}, 7, run.settings))
+    checkpoints.save(run.file("latest.pth"), Checkpoint({}, 7, run.settings))
     assert run.step == 7
     with pytest.raises(Mismatch, match="batch_size"):
         _ = rows.find_run(run.row, {"model_dir": str(tmp_path), "batch_size": 2}).step

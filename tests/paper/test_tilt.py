@@ -13,7 +13,7 @@ from base.errors import MissingFile, UserError
 from cal_ssim import scores
 from conftest import make_pair
 from dataset import list_pairs
-from paper import results, tilt
+from paper import tables, tilt
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
 from settings import read_overrides, resolve
@@ -24,7 +24,7 @@ from synthesis.styles import STYLES
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """Two small checkpoints, a data set of square pairs, one of them too small, and results in a temporary folder."""
-    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(tilt, "PLOT", tmp_path / "tilt.png")
     monkeypatch.setattr(tilt, "SIDE", 48)
     monkeypatch.setattr(tilt, "IMAGES", 2)
@@ -105,7 +105,6 @@ def test_without_a_large_enough_image_nothing_is_written(places, tmp_path, monke
     "words",
     [
         ["-a", "tilt"],
-        ["-a", "stages", "-m", "a", "b"],
         ["-a", "tilt", "-m", "a", "-p", "dsen"],
         ["-a", "tables", "-m", "a"],
     ],

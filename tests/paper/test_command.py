@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import main
-from base.errors import BadArgument, Mismatch, MissingFile, UserError
+from base.errors import BadArgument, Mismatch, MissingFile, NotWritable, UserError
 from base.files import ROOT
-from paper import packing, results, rows, running
+from paper import command, packing, rows, tables
 from paper.rows import Row, find_run
 from runs import checkpoints
 from settings import read_overrides
@@ -25,7 +25,7 @@ SMALL = ["--batch_size", "2", "--patch_size", "16"]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Results go to a temporary folder, and the recipe `tiny` is known."""
-    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "results")
     tiny = {"steps": 4, "batch_size": 2, "patch_size": 16, "milestones": (3,), "lr": 1e-3}
     monkeypatch.setitem(rows.RECIPES, "tiny", tiny)
     return tmp_path / "results"
@@ -53,8 +53,8 @@ class InThisProcess:
 
 @pytest.fixture
 def in_process(folder, monkeypatch):
-    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=InThisProcess))
-    monkeypatch.setattr(running, "POLL", 0)
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=InThisProcess))
+    monkeypatch.setattr(command, "POLL", 0)
 
 
 def call(*words):
@@ -84,14 +84,14 @@ def test_with_the_papers_recipe_the_last_step_is_tested(in_process, folder, plac
 
 def test_a_row_is_done_with_all_steps_of_the_right_checkpoint(folder):
     run = find_run(Row("cnn", "rain800"), {})
-    assert not running.is_done(run)
+    assert not command.is_done(run)
     for result, done in (
         ({"steps": 20000, "tested": "latest"}, True),
         ({"steps": 19999, "tested": "latest"}, False),
         ({"steps": 20000, "tested": "best"}, False),
     ):
-        results.write_result(run.name, result)
-        assert running.is_done(run) == done
+        tables.write_result(run.name, result)
+        assert command.is_done(run) == done
 
 
 def test_a_failed_training_does_not_stop_the_others(in_process, folder, places, tmp_path, data_dir):
@@ -108,7 +108,9 @@ def test_a_failed_training_does_not_stop_the_others(in_process, folder, places, 
 def save_checkpoint(name, step, places):
     """The checkpoint of a row's run, with the settings of SMALL."""
     run = find_run(rows.find_row(name), read_overrides([*places, *SMALL]))
-    checkpoints.save(run.latest, checkpoints.Checkpoint({}, step, run.settings, optimizer={"param_groups": []}))
+    checkpoints.save(
+        run.file("latest.pth"), checkpoints.Checkpoint({}, step, run.settings, optimizer={"param_groups": []})
+    )
     return run
 
 
@@ -120,7 +122,7 @@ def test_a_run_of_another_recipe_is_not_resumed(in_process, places):
 
 def test_rows_are_listed_with_their_state(folder, places, capsys):
     run = save_checkpoint("cnn_rain800", 7, places)
-    results.write_result("dsen_rain800_tiny", {"steps": 4, "test": {"stage_1": {"psnr": 23.456, "ssim": 0.71234}}})
+    tables.write_result("dsen_rain800_tiny", {"steps": 4, "test": {"stage_1": {"psnr": 23.456, "ssim": 0.71234}}})
     call(*places, *SMALL)
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert lines["dsen_rain100h"][1:4] == ["23.60", "/", "0.7618"]
@@ -136,6 +138,18 @@ def test_all_runs_are_packed_without_naming_them(folder, places, tmp_path):
     save_checkpoint("cnn_rain800", 7, places)
     assert call("--pack", archive, *places, *SMALL) == 0
     assert packed_steps(archive) == {"cnn_rain800": 7}
+
+
+def test_a_run_that_is_further_in_the_archive_is_taken_before_that_is_replaced(folder, places, tmp_path):
+    archive, elsewhere = tmp_path / "runs.zip", tmp_path / "elsewhere"
+    for name, step in (("cnn_rain800", 7), ("dsen_rain800", 5)):
+        save_checkpoint(name, step, places)
+    assert call("--pack", archive, *places, *SMALL) == 0
+    there = [*places, "--model_dir", str(elsewhere), "--log_dir", str(elsewhere)]
+    for name, step in (("cnn_rain800", 4), ("mcnn_rain800", 3)):
+        save_checkpoint(name, step, there)
+    assert call("--pack", archive, *there, *SMALL) == 0
+    assert packed_steps(archive) == {"cnn_rain800": 7, "dsen_rain800": 5, "mcnn_rain800": 3}
 
 
 @pytest.mark.parametrize(
@@ -166,21 +180,47 @@ class UntilTerminated:
         self.returncode = 0
 
 
-def test_after_some_minutes_the_trainings_are_stopped(folder, places, monkeypatch):
-    processes = []
+@pytest.fixture
+def processes(folder, monkeypatch):
+    """The trainings that were started, which run until they are terminated."""
+    started = []
 
     def start(*_, **__):
-        processes.append(UntilTerminated())
-        return processes[-1]
+        started.append(UntilTerminated())
+        return started[-1]
 
-    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=start))
-    monkeypatch.setattr(running, "POLL", 0.01)
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(command, "POLL", 0.01)
+    return started
+
+
+def test_after_some_minutes_the_trainings_are_stopped(folder, places, processes):
     started = time.monotonic()
     names = ["cnn_rain800_tiny", "dsen_rain800_tiny", "mcnn_rain800_tiny"]
     assert call("--run", *names, "--jobs", 2, "--minutes", 0.2 / 60, *places) == 1
     assert time.monotonic() - started >= 0.2
     assert [process.returncode for process in processes] == [0, 0]
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("seconds", [60, 0.05])
+def test_an_archive_is_kept_current_but_not_all_the_time_and_a_full_disk_stops_no_training(
+    processes, places, tmp_path, monkeypatch, seconds
+):
+    calls = []
+
+    def pack(path, runs):
+        calls.append([run.name for run in runs])
+        if len(calls) == 1:
+            raise NotWritable("the disk is full")
+
+    monkeypatch.setattr(command, "pack", pack)
+    monkeypatch.setattr(command, "PACK_SECONDS", seconds)
+    archive = tmp_path / "runs.zip"
+    assert call("--run", "cnn_rain800_tiny", "--pack", archive, "--minutes", 0.3 / 60, *places) == 1
+    assert [process.returncode for process in processes] == [0]
+    assert set(map(tuple, calls)) == {("cnn_rain800_tiny",)}
+    assert len(calls) == 2 if seconds == 60 else 3 <= len(calls) <= 9  # the first, and the last at the end
 
 
 # ---------------------------------------------------------------- processes
@@ -190,8 +230,8 @@ def start(places, tmp_path, *words):
     """Two rows at once, in a process whose results go to tmp_path/results and whose archive is always current."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import main; "
-        "from paper import packing, results; from base.console import run_script; "
-        "results.FOLDER = Path(sys.argv[2]); packing.SECONDS = 0; "
+        "from paper import command, tables; from base.console import run_script; "
+        "tables.FOLDER = Path(sys.argv[2]); command.PACK_SECONDS = 0; "
         "sys.argv[1:] = sys.argv[3:]; run_script(main.main)"
     )
     words = ["-a", "tables", "--run", "cnn_rain800", "dsen_rain800", "--jobs", "2", *SMALL, *places, *map(str, words)]
@@ -210,8 +250,8 @@ def one_thread(monkeypatch):
 
 
 def packed_steps(archive):
-    read = packing.read(archive, {}) if archive.is_file() else []
-    return {run.name: checkpoint.step for run, _, checkpoint in read}
+    read = packing.read(archive, {}) if archive.is_file() else {}
+    return {run.name: step for run, (step, _) in read.items()}
 
 
 @pytest.mark.slow
@@ -244,7 +284,7 @@ def test_rows_that_were_stopped_are_finished_elsewhere_as_if_unbroken(
             assert call("--take", archive, *here) == 0
         assert call("--run", "cnn_rain800", "--steps", steps["cnn_rain800"] + 2, *here) == 0
         ends[place] = checkpoints.load(tmp_path / place / "models" / "cnn_rain800" / "latest.pth")
-        (results.FOLDER / "cnn_rain800.json").unlink()
+        (tables.FOLDER / "cnn_rain800.json").unlink()
     resumed, whole = ends["elsewhere"], ends["unbroken"]
     assert resumed.step == whole.step == steps["cnn_rain800"] + 2
     assert all(torch.equal(resumed.network[name], weight) for name, weight in whole.network.items())
