@@ -165,6 +165,8 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
     for pair in tqdm(pairs, total=total, unit="image", disable=not in_terminal(), dynamic_ncols=True):
         change = (pair.restored[-1].float() - pair.O.float()).abs().mean().item()
         rows.append((pair.path.name, *pair.O.shape[1:], change, pair.scores))
+        if not in_terminal() and len(rows) % 20 == 0:
+            log.info(f"{len(rows)} of {total} images")
     rows = ranks.gather(rows)
     if not ranks.is_first():
         return
@@ -219,10 +221,13 @@ def check_arguments(action: str, preset: str | None, names: list[str], words: li
 
 
 def main(arguments: list[str]) -> int:
-    parser = make_parser("Train, test and list the networks of S-DSEN.")
-    parser.add_argument("-a", "--action", required=True, choices=ACTIONS)
-    parser.add_argument("-p", "--preset", help="a network of the paper: see -a models; default sdsen")
-    text = "a checkpoint: a run's name, a name in model_dir, or a file; -a tilt: several; -a export: their mean"
+    parser = make_parser("Train, test and export networks, list presets, run the paper's tables.")
+    text = (
+        "export: weights as one file; models: list presets; tables: see -a tables -h; tilt: PSNR by angle of the rain"
+    )
+    parser.add_argument("-a", "--action", required=True, choices=ACTIONS, help=text)
+    parser.add_argument("-p", "--preset", help="a row of a paper's table (list: -a models); default: sdsen")
+    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; several: tilt, export"
     parser.add_argument("-m", "--model", nargs="+", help=text)
     if "tables" in arguments and {"-h", "--help"} & set(arguments):
         return command.main(["--help"])

@@ -9,6 +9,7 @@ call's images; it is show.html with its facts as JSON. `python show.py -h` lists
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -110,16 +111,19 @@ def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
 def result_stems(paths: list[Path], stage_num: int) -> list[str]:
     """The stems of the results' names: the inputs', with _2, _3, ... where an earlier result has such a name.
 
-    The names of `stage_num` stages are kept free as well. Suffixes do not count: a result's may be another one.
+    The names of `stage_num` stages are kept free as well.
     """
     stems: list[str] = []
     taken: set[str] = set()
     for path in paths:
-        stem, count = path.stem, 1
-        while taken & {*stage_names(stem.casefold(), stage_num)}:  # on some file systems A.png and a.png are one file
-            count += 1
-            stem = f"{path.stem}_{count}"
-        taken |= {*stage_names(stem.casefold(), stage_num)}
+        suffixes = {path.suffix, path.suffix if path.suffix.lower() in ANY_DEPTH else ".png"}  # see `result_suffix`
+        for count in itertools.count(1):
+            stem = path.stem if count == 1 else f"{path.stem}_{count}"
+            # On some file systems A.png and a.png are one file.
+            names = {f"{name}{suffix}".casefold() for name in stage_names(stem, stage_num) for suffix in suffixes}
+            if not names & taken:
+                break
+        taken |= names
         stems.append(stem)
     return stems
 
@@ -219,10 +223,14 @@ def _finite(score: float) -> float | None:
 
 def main(arguments: list[str]) -> int:
     parser = make_parser("Remove the rain from images and make a page that compares them: showdir/index.html.")
-    parser.add_argument("-p", "--preset", help="the network, with its run of the same name; default sdsen")
-    parser.add_argument("-m", "--model", help="a checkpoint: a run's name, a name in model_dir, or a file")
+    parser.add_argument(
+        "-p", "--preset", help="open the run or pretrained weights of this preset's name; default: sdsen"
+    )
+    parser.add_argument(
+        "-m", "--model", help="a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, or a file"
+    )
     parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
-    parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, and a little worse")
+    parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
     parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)
     if words and not words[0].startswith("-"):

@@ -173,6 +173,8 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
         ("a/x.png b/x.png c/x_2.png", 0, "x x_2 x_2_2"),
         ("x.jpg x.png", 0, "x x_2"),  # what is named .jpg may be written as .png
         ("x.png x.jpg", 0, "x x_2"),
+        ("x.jpg x.webp x.tif", 0, "x x_2 x"),
+        ("x.png x.tif", 0, "x x"),
         ("x.png X.PNG", 0, "x X_2"),
         ("x.png x_stage1.png", 0, "x x_stage1"),
         ("x.png x_stage1.png", 1, "x x_stage1_2"),

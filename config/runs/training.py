@@ -38,7 +38,7 @@ from settings import describe_settings
 try:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import RecordWriter
-    from tensorboardX.summary import scalar
+    from tensorboardX.summary import image, scalar
 except ModuleNotFoundError:  # TensorBoard is not needed to train
     Event = None
 
@@ -64,6 +64,11 @@ class Curves:
         """One point of each curve `split/name`."""
         if self.writer:
             self._write(*(Event(step=step, summary=scalar(f"{split}/{name}", v)) for name, v in values.items()))
+
+    def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """A picture (H, W, 3) uint8 in BGR order."""
+        if self.writer:
+            self._write(Event(step=step, summary=image(name, picture[..., ::-1].copy(), dataformats="HWC")))
 
     def _write(self, *events: Any) -> None:
         try:
@@ -210,6 +215,7 @@ class Training:
             names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
         if ranks.is_first() and preview is not None:  # rank 0 has a pair
             self.curves.add(self.step, "val", result)
+            self.curves.add_picture(self.step, "val/preview", preview)
             write_image(self.settings.log_path / "preview.png", preview)
             stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
             log.info(  # paper/results.py reads this line

@@ -49,6 +49,7 @@ def test_curves_log_and_files(places, tmp_path):
     for loss, first, second in zip(*(curves[f"train/{n}"] for n in ("loss", "stage_1/loss", "stage_2/loss")), strict=1):
         assert loss[1] == pytest.approx(first[1] + second[1], rel=1e-5)
     preview = cv2.imread(str(tmp_path / "log_dir" / "sdsen" / "preview.png"))
+    assert "val/preview" in scalars(tmp_path / "log_dir" / "sdsen")  # TensorBoard shows it too
     assert preview.shape == (40, 4 * 48, 3)  # O, two stages, B
     assert (preview[:, -48:] == cv2.imread(str(tmp_path / "data" / "val" / "0.png"))[:, :48]).all()
     names = {path.stem for path in (tmp_path / "model_dir" / "sdsen").iterdir()}
