@@ -1,7 +1,6 @@
-"""Options: the fields of a dataclass, the values they may take, how a command line sets them, and their help.
+"""Options: fields of a dataclass that a command line sets, such as `steps: int = option(20000, "training steps", ..)`.
 
-A field is declared as `steps: int = option(20000, "training steps", group="Training", minimum=1)`. A value is a bool,
-int, float or str, or a tuple of these.
+A value is a bool, int, float or str, or a tuple of these.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from base.console import Parser
 from base.errors import BadArgument
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-VALUES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "words"}
+VALUES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 WIDTH, INDENT = 100, 25  # of the help, columns
 
 
@@ -47,11 +46,9 @@ class Option:
             values = tuple(self._convert(word) for word in words if word or not self.several)
         except (ValueError, KeyError):
             raise self._wrong_type(" ".join(words)) from None
-        if self.several:
-            return self.check(values)
-        if len(values) != 1:
+        if len(values) != 1 and not self.several:
             raise self._wrong_type(" ".join(words) or "nothing")
-        return self.check(values[0])
+        return self.check(values if self.several else values[0])
 
     def _convert(self, word: str) -> Any:
         if self.path:  # relative to the caller's working directory
@@ -61,12 +58,11 @@ class Option:
     def check(self, value: Any) -> Any:
         """Returns `value`. Raises BadArgument if the option can't have it."""
         kinds = (int, float) if self.kind is float else (self.kind,)
-        if self.several != isinstance(value, tuple):
-            raise self._wrong_type(value)
-        if any(type(item) not in kinds for item in (value if self.several else (value,))):
+        values = value if self.several else (value,)
+        if not isinstance(values, tuple) or any(type(item) not in kinds for item in values):
             raise self._wrong_type(value)
         if not self.has_choice(value):
-            raise BadArgument(f"{self.name} can't be {value!r}{nearest(value, self.choices)}")
+            raise BadArgument(f"{self.name} can't be {value!r}{nearest(value, [self.default, *self.choices])}")
         if self.minimum is not None and not self.minimum <= value < float("inf"):
             raise BadArgument(f"{self.name} must be at least {self.minimum}, got {value}")
         return value
@@ -75,14 +71,13 @@ class Option:
         return not self.choices or value in (self.default, *self.choices)
 
     def _wrong_type(self, value: Any) -> BadArgument:
-        what = "paths" if self.path else VALUES[self.kind]
-        return BadArgument(f"{self.name} takes {what if self.several else what.removesuffix('s')}, got {value!r}")
+        what = "a path" if self.path else VALUES[self.kind]
+        return BadArgument(f"{self.name} takes {what}{' or several' if self.several else ''}, got {value!r}")
 
     def help(self) -> str:
-        default = as_text(self.default) or "''"
-        head = f"  --{self.name} {default}"
-        choices = dict.fromkeys(filter(None, (self.default, *self.choices))) if self.choices else ()
-        text = self.text + (f" [{', '.join(choices)}]" if choices else "")
+        head = f"  --{self.name} " + (as_text(self.default) or "''")
+        choices = dict.fromkeys(filter(None, (self.default, *self.choices)))
+        text = f"{self.text} [{', '.join(choices)}]" if self.choices else self.text
         return textwrap.fill(text, WIDTH, initial_indent=f"{head:{INDENT - 2}}  ", subsequent_indent=" " * INDENT)
 
 
@@ -97,10 +92,7 @@ def read_options(cls: type) -> dict[str, Option]:
 
 
 def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, Any]:
-    """Values by name from `--name value`, `--name=value` and `--name value value`; the last of a name counts.
-
-    Raises BadArgument for an unknown name or a value that is not possible.
-    """
+    """Values by name from `--name value`, `--name=value` and `--name value value`. Raises BadArgument."""
     values: dict[str, list[str]] = {}
     name = ""
     for word in words:
@@ -111,21 +103,20 @@ def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, An
             raise BadArgument(f"{word!r} belongs to no setting: settings are given as --name value")
         else:
             values[name].append(word)
-    for name in values:
-        check_name(options, name, "--")
-    return {name: options[name].parse(text) for name, text in values.items()}
+    return {name: find(options, name).parse(text) for name, text in values.items()}
 
 
-def check_name(options: dict[str, Option], name: str, prefix: str = "") -> None:
-    """Raises BadArgument, which names the nearest, if no option has this name."""
+def find(options: dict[str, Option], name: str) -> Option:
+    """The option of that name. Raises BadArgument, which names the nearest."""
     if name not in options:
-        raise BadArgument(f"unknown setting {prefix}{name}{nearest(name, options, prefix)}")
+        raise BadArgument(f"unknown setting {name}{nearest(name, options)}")
+    return options[name]
 
 
-def nearest(word: Any, known: Iterable[str], prefix: str = "") -> str:
+def nearest(word: Any, known: Iterable[str]) -> str:
     """The end of an error about an unknown word: the nearest known one, or all of them."""
     close = difflib.get_close_matches(str(word), list(known), 1, 0.5)
-    return f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(prefix + n for n in known)}"
+    return f"; the nearest is {close[0]}" if close else f"; there are {', '.join(filter(None, known))}"
 
 
 def as_text(value: Any) -> str:

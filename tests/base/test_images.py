@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from base.errors import DamagedFile, Mismatch, MissingFile
-from base.images import list_images, read_image, read_pair, split_pair, to_bgr8, write_image
+from base.images import list_images, read_image, read_pair, to_bgr8, write_image
 
 RNG = np.random.default_rng(0)
 IMAGES = {
@@ -61,8 +61,9 @@ def test_pairs(tmp_path):
     write_image(tmp_path / "a.png", IMAGES["colour"])
     B, O = read_pair(tmp_path / "a.png")
     np.testing.assert_array_equal(np.hstack([B, O]), IMAGES["colour"])
+    write_image(tmp_path / "b.png", IMAGES["colour"][:, :29])
     with pytest.raises(Mismatch):
-        split_pair(IMAGES["colour"][:, :29], tmp_path / "b.png")
+        read_pair(tmp_path / "b.png")
 
 
 def test_files_are_listed_in_natural_order(tmp_path):
