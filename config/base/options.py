@@ -109,7 +109,7 @@ def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, An
 def find(options: dict[str, Option], name: str) -> Option:
     """The option of that name. Raises BadArgument, which names the nearest."""
     if name not in options:
-        raise BadArgument(f"unknown setting {name}{nearest(name, options)}")
+        raise BadArgument(f"unknown setting --{name}{nearest(f'--{name}', [f'--{known}' for known in options])}")
     return options[name]
 
 
