@@ -3,13 +3,11 @@
 import importlib.util
 import os
 import shutil
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from base.console import log
 from base.errors import MissingFile, NotWritable, Occupied
 from base.images import read_image, to_bgr8, write_image
 from synthesis.streaks import add_rain
@@ -25,8 +23,7 @@ SPLIT = {
     "val": ["coffee.png"],
     "test": ["astronaut.png", "chelsea.png"],
 }
-# Light rain, so that a network shows within a minute of training what it learns. The ranges stay as they are: published
-# scores belong to these pairs.
+# Light rain, so that a network shows within a minute what it learns. Published scores belong to these ranges.
 HEAVY = RainStyle(
     angle=13,
     strength=(0.25, 0.5),
@@ -41,27 +38,22 @@ RENDERINGS = {"train": 6, "val": 3, "test": 3}  # per photograph, in the styles 
 
 
 def make_builtin(folder: Path) -> None:
-    """Make `folder` with train, val and test: joined PNG pairs, B left and O right.
+    """Make `folder`, if it does not exist, with train, val and test: joined PNG pairs, B left and O right.
 
-    Returns at once if the set exists. It is built under another name and renamed, so `folder` is never half made.
-    Raises MissingFile where scikit-image lacks a photograph, Occupied where `folder` holds something else, NotWritable
-    on a full disk.
+    It is built under another name and renamed, so it is never half made. Raises MissingFile without scikit-image,
+    Occupied where `folder` holds something else, NotWritable on a full disk.
     """
     if _is_finished(folder):
         return
-    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / MARKER).exists():
         raise Occupied(f"{folder} is not the built-in set: move it away or give another folder")
-    started = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this number
-        temporary.mkdir(parents=True)
         _write_pairs(temporary)
         (temporary / MARKER).write_text(VERSION)
         if not _is_finished(folder):  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)  # an older version
             os.replace(temporary, folder)
-            log.info("made the built-in set in %s (%.1f s)", folder, time.perf_counter() - started)
     except OSError as error:
         if not _is_finished(folder):
             raise NotWritable(f"{folder} cannot be written: {error.strerror}") from None
@@ -70,17 +62,13 @@ def make_builtin(folder: Path) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    try:
-        return (folder / MARKER).read_text().strip() == VERSION
-    except OSError:
-        return False
+    marker = folder / MARKER
+    return marker.is_file() and marker.read_text() == VERSION
 
 
 def _write_pairs(folder: Path) -> None:
     photographs = _photograph_folder()
     for number, (split, name) in enumerate((split, name) for split, names in SPLIT.items() for name in names):
-        if not (photographs / name).is_file():
-            raise MissingFile(f"{photographs / name} is missing: install scikit-image again")
         clean = _shrink(to_bgr8(read_image(photographs / name)))
         for rendering in range(RENDERINGS[split]):
             rng = np.random.default_rng([number, rendering])

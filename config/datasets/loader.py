@@ -28,8 +28,7 @@ def training_batches(dataset: Dataset, first_step: int, device: torch.device) ->
     mine = ranks.part(settings.batch_size)
     starts = range(first_step * settings.batch_size, settings.steps * settings.batch_size, settings.batch_size)
     workers = settings.num_workers
-    if workers < 0:
-        # Python threads do not speed up synthetic rain, and a GPU's step takes less time than its rain.
+    if workers < 0:  # threads do not speed up synthetic rain, and a GPU's step takes less time than its rain
         workers = _spare_cores() if device.type == "cuda" and settings.rain else 0
     loader = DataLoader(
         dataset,
@@ -52,8 +51,7 @@ def _from_workers(loader: DataLoader) -> Iterator:
     """The loader's batches. Its workers end with this iterator, or with the program if the iterator outlives it."""
     others, workers = multiprocessing.active_children(), []
     with ExitStack() as ending:
-        # At exit Python sends SIGTERM to its child processes and waits. Workers ignore SIGTERM, so they must be gone by
-        # then: PyTorch asks them to end, and those that have not after some seconds are killed.
+        # At exit Python sends SIGTERM to its child processes, which ignore it, and waits: they must be gone by then.
         atexit.register(ending.close)
         ending.callback(atexit.unregister, ending.close)
         ending.callback(lambda: [process.kill() for process in workers])
@@ -68,13 +66,7 @@ def _from_workers(loader: DataLoader) -> Iterator:
 
 @contextmanager
 def _blocked_stops() -> Iterator[None]:
-    """Block STOPS, also in processes that start meanwhile: a worker imports for seconds before `_init_worker`.
-
-    A fork server that starts meanwhile blocks them for good.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
+    """Block STOPS, also in processes that start meanwhile: a worker imports for seconds before `_init_worker`."""
     if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # now, because starting it would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -85,11 +77,10 @@ def _blocked_stops() -> Iterator[None]:
 
 
 def _init_worker(_: int) -> None:
-    """Ignore STOPS, which a terminal or a scheduler sends to the whole process group, and end with the parent."""
+    """Ignore STOPS, which a terminal sends to the whole process group, and end with the parent."""
     for stop in STOPS:
         signal.signal(stop, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,20 +1,17 @@
 """How the rain of each data set looks, in ranges that every picture draws its own values from."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+from numpy.random import Generator
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Streaks:
-    """One kind of streaks. A picture holds several sets of a kind, and each set draws its own values from these ranges.
+    """One kind of streaks, of which a picture holds several sets, each with values of its own from these ranges.
 
-    Hard streaks are lines of constant brightness with square ends. Soft streaks are blurred noise above a threshold:
-    they taper. Where streaks of one set overlap, the set's brightness is the limit unless `adds`. Sets add up.
+    Hard streaks are lines of constant brightness with square ends; soft ones are blurred noise above a threshold.
     """
 
     hard: bool
@@ -26,14 +23,12 @@ class Streaks:
     level: Range  # grey levels, log-uniform: of hard streaks the maximum, of soft ones the mean where there is rain
     peak: Range = (99.0, 99.0)  # soft: the maximum in multiples of the level, log-uniform
     taper: float = 0.35  # soft: share of the length over which a streak rises, and falls
-    adds: bool = False  # stepped and hard: streaks add up where they cross; `level` is then the mean of one streak
+    adds: bool = False  # stepped and hard: streaks of a set add up without limit; `level` is the mean of one streak
     order: float = 2.0  # the higher, the more turns lie near the lower end of their range
 
 
 @dataclass(frozen=True)
 class RainStyle:
-    """The rain of one data set."""
-
     angle: float  # degrees: a picture's main direction is uniform in -angle..angle; 0 is vertical; angle + turn < 60
     streaks: tuple[Streaks, ...]
     strength: Range = (1.0, 1.0)  # factor on all levels of one picture, log-uniform
@@ -44,8 +39,7 @@ class RainStyle:
 class IntensityRain:
     """The rain of the intensity-aware paper, section III-D: noise, blurred, thresholded, motion-blurred.
 
-    Every picture has one direction and one radius: small, middle or large streaks. The paper gives the values of these
-    two only; the others are chosen by eye.
+    The paper gives radii and directions, of which a picture has one each; the other values are chosen by eye.
     """
 
     radii: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)  # sigma of the noise's Gaussian blur, pixels
@@ -54,7 +48,7 @@ class IntensityRain:
     length: int = 31  # of the motion blur, pixels
     gain: float = 1.6  # factor on the motion-blurred noise, clipped to 1 afterwards
 
-    def choose(self, rng: "np.random.Generator") -> tuple[float, float]:
+    def choose(self, rng: Generator) -> tuple[float, float]:
         """Direction (degrees) and radius (pixels) of a picture: what `render` takes from the generator first."""
         return self.directions[rng.integers(len(self.directions))], self.radii[rng.integers(len(self.radii))]
 
