@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from base.console import Parser, log, run_script, set_up_log
-from base.errors import BadArgument, MissingFile, Occupied
+from base.errors import BadArgument, Occupied
 from base.files import write_bytes
-from base.images import list_images, read_image, read_pair, to_bgr8, write_image
+from base.images import list_pairs, read_image, read_pair, to_bgr8, write_image
 from synthesis.measure import comparison
 from synthesis.streaks import add_rain, picture_generator
 from synthesis.styles import STYLES, IntensityRain
@@ -25,8 +25,7 @@ def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bo
     `drawn.csv` each picture's direction and radius, if the style chooses these. A second call writes the same files.
     Raises BadArgument where two images have the same name, Occupied where `target` is the folder of the clean images.
     """
-    style, chosen = STYLES[name], []
-    paths = list_filled(source)
+    style, chosen, paths = STYLES[name], [], list_pairs(source)
     if target.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")
     stem, times = Counter(path.stem for path in paths).most_common(1)[0]
@@ -43,21 +42,12 @@ def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bo
                 chosen.append(f"{file.name},{angle:g},{radius:g}\n")
     if chosen:
         write_bytes(target / "drawn.csv", "".join(["image,degrees,radius\n", *chosen]).encode())
-    text = f"synthetic rain: {name}, {count} on each of {len(paths)} images, seed {seed}\n"
-    write_bytes(target / "drawn.txt", text.encode())
+    note = f"synthetic rain: {name}, {count} on each of {len(paths)} images, seed {seed}\n"
+    write_bytes(target / "drawn.txt", note.encode())
     return len(paths) * count
 
 
-def list_filled(source: Path) -> list[Path]:
-    """The images of a folder, or `source` itself. Raises MissingFile where the folder holds none."""
-    paths = list_images(source) if source.is_dir() else [source]
-    if not paths:
-        raise MissingFile(f"{source} holds no images: give a folder of images, or one image")
-    return paths
-
-
 def main(arguments: list[str]) -> None:
-    """The command line: `draw` and `compare`."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="write joined pairs (B left, O right) of clean images")
@@ -78,7 +68,7 @@ def main(arguments: list[str]) -> None:
         written = draw(options.source, options.target, options.style, options.count, options.seed, options.pairs)
         log.info("%d pairs with %s rain are in %s", written, options.style, options.target)
     else:
-        log.info(comparison(list_filled(options.source), options.style, options.count, options.seed))
+        log.info(comparison(list_pairs(options.source), options.style, options.count, options.seed))
 
 
 if __name__ == "__main__":

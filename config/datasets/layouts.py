@@ -17,19 +17,18 @@ from base.images import list_images, read_image, read_pair, to_bgr8
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set is distributed; the three patterns are of folder names in lower case."""
+    """How a data set is distributed; the patterns are of folder names in lower case."""
 
     joined: bool  # one file holds both halves; else two files, paired by name
     folder: str  # folders of this set alone: in a download of several sets, the others are ignored
     test_folder: str = "$^"  # folders of the test set whose names do not say so
-    only: str = ""  # the one split that the set consists of
 
 
 LAYOUTS = {
     "rain800": Layout(True, "rain800|id-?cgan"),
     "rain100h": Layout(False, "100h|(train|test)_?(h|heavy)$", "rain100h"),
     "rain100l": Layout(False, "100l|(train|test)_?(l|light)$", "rain100l"),
-    "rain12": Layout(False, "rain12$", only="test"),
+    "rain12": Layout(False, "rain12$", ".*"),
     "rain1200": Layout(True, "1200|did-?mdn|^rain_(heavy|medium|light)$"),
     "rain1400": Layout(False, "1400|rainy_image_dataset"),
     "joined": Layout(True, "$^"),  # any other set of joined files
@@ -38,20 +37,14 @@ LAYOUTS = {
 NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|(^|[-_ ])real")
 NO_PAIR_FILE = re.compile("rain[-_ ]?(streak|region|mask)")
 CLEAN, RAINY = "norain|clean|gt|ground[-_]?truth|background|target|label", "rainy|rain|input|in|rainy[-_]image"
-ROLE_FOLDERS = {"clean": re.compile(f"({CLEAN})s?"), "rainy": re.compile(f"({RAINY})s?")}
-ROLE_NAMES = {  # "norain-1", "001_GT", "rain-1", "001_in"
-    role: re.compile(rf"({words})([-_ ].*|\d.*)|.*[-_ ]({words})")
-    for role, words in (("clean", CLEAN), ("rainy", RAINY))
-}
-PREFIX = re.compile(rf"^({CLEAN}|{RAINY})([-_ ]|(?=\d))")
-SUFFIX = re.compile(rf"[-_ ]({CLEAN}|{RAINY})$|(?<=\d)x2$")
+FOLDER = "({0})s?"
+FILE = r"({0})([-_ ].*|\d.*)|.*[-_ ]({0})"  # "norain-1", "001_GT", "rain-1", "001_in"
+AFFIX = r"^({0})([-_ ]|(?=\d))|[-_ ]({0})$|(?<=\d)x2$".format(f"{CLEAN}|{RAINY}")
 SAMPLE = 100  # joined files of a split that vote on the clean side
 
 
 @dataclass(frozen=True)
 class Found:
-    """An image of the download."""
-
     path: Path
     parts: tuple[str, ...]  # names of the folders between the download and the image
     role: str  # "clean", "rainy"; "" where neither the folder nor the name tells
@@ -59,8 +52,6 @@ class Found:
 
 @dataclass
 class Pair:
-    """One pair of the download."""
-
     rainy: Path
     clean: Path | None  # None where `rainy` is a joined file
     parts: tuple[str, ...]
@@ -105,17 +96,17 @@ def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "")
     names = [*reversed(names), root.resolve().name.lower()]
     splits = [word for name in names for word in ("train", "test") if word in name]
     splits += ["test"] * any(re.fullmatch(layout.test_folder, name) for name in names)
-    split = split or layout.only or "".join(splits[:1])
+    split = split or "".join(splits[:1])
     return split, "" if split else "its name says neither train nor test: --train and --test can name folders"
 
 
 def role_of(path: Path, parts: tuple[str, ...]) -> str:
     """Clean, rainy or "". The innermost folder that tells decides: `rain/X2/norain-1x2.png` is rainy."""
-    for part in reversed(parts):
-        for role, pattern in ROLE_FOLDERS.items():
-            if pattern.fullmatch(part.lower()):
+    for name, pattern in (*((part, FOLDER) for part in reversed(parts)), (path.stem, FILE)):
+        for role, words in (("clean", CLEAN), ("rainy", RAINY)):
+            if re.fullmatch(pattern.format(words), name.lower()):
                 return role
-    return next((role for role, pattern in ROLE_NAMES.items() if pattern.fullmatch(path.stem.lower())), "")
+    return ""
 
 
 def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
@@ -145,33 +136,26 @@ def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
 
 def bare(stem: str) -> str:
     """A file's stem in lower case without words for clean or rainy: "norain-1x2" and "rain-1" are both "1"."""
-    stem = stem.lower()
-    return SUFFIX.sub("", PREFIX.sub("", stem)) or stem
+    return re.sub(AFFIX, "", stem.lower()) or stem.lower()
 
 
 def _place(image: Found) -> tuple[str, ...]:
-    neutral = (*ROLE_FOLDERS.values(), re.compile("x2"))
-    return tuple(part for part in image.parts if not any(pattern.fullmatch(part.lower()) for pattern in neutral))
+    neutral = FOLDER.format(f"{CLEAN}|{RAINY}") + "|x2"
+    return tuple(part for part in image.parts if not re.fullmatch(neutral, part.lower()))
 
 
 def make_names_unique(pairs: list[Pair]) -> None:
     """Prefix the names of one split by the folders in which they differ (Rain1200: "Rain_Heavy-1"), where needed."""
-    common = set.intersection(*(set(pair.parts) for pair in pairs)) if pairs else set()
-    folders = ["".join(f"{part}-" for part in pair.parts if part not in common) for pair in pairs]
-    plain = [pair.name for pair in pairs]
-    longer = [folder + name for folder, name in zip(folders, plain, strict=True)]
-    longest = [folder + pair.rainy.name.replace(".", "-") for folder, pair in zip(folders, pairs, strict=True)]
-    # Compared in lower case, because some disks take "A" and "a" for one file.
-    unique = (names for names in (plain, longer, longest) if len({name.lower() for name in names}) == len(names))
-    for pair, name in zip(pairs, next(unique, longest), strict=True):
-        pair.name = name
+    if len({pair.name.lower() for pair in pairs}) < len(pairs):  # some disks take "A" and "a" for one file
+        common = set.intersection(*(set(pair.parts) for pair in pairs))
+        for pair in pairs:
+            pair.name = "".join(f"{part}-" for part in pair.parts if part not in common) + pair.name
 
 
 def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
-    """Names of at most `count` pairs: a function of the pairs' names and `seed` alone.
+    """Names of at most `count` pairs, chosen by hashes of name and `seed`; pairs of one clean file stay together.
 
-    Pairs that share a clean file stay together. The order is that of hashes, so one more pair moves at most one other
-    group. Raises BadArgument where nothing is left to train on.
+    Raises BadArgument where nothing is left to train on.
     """
     if pairs and count >= len(pairs):
         raise BadArgument(f"--val {count} leaves none of the {len(pairs)} training pairs to train on: lower it")
@@ -188,8 +172,8 @@ def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
 def rain_side(first: np.ndarray, second: np.ndarray) -> int:
     """Which of two (H, W, 3) uint8 images is the rainy one: -1 first, 1 second, 0 unknown.
 
-    Streaks add detail; they are narrow and brighter than what they cover, so the fine part of rainy - clean is skewed
-    upwards. Both must agree. The mean brightness does not tell: in Rain800 many rainy images are dimmed as a whole.
+    Streaks add detail, and are narrow and bright: the fine part of rainy - clean is skewed upwards. Both must agree.
+    Mean brightness does not tell: many rainy images of Rain800 are dimmed.
     """
     a, b = (cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32) for image in (first, second))
     detail = [cv2.norm(cv2.Laplacian(image, cv2.CV_32F), cv2.NORM_L1) for image in (a, b)]
@@ -215,6 +199,5 @@ def read_download(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         return (left, right) if pair.clean_left else (right, left)
     B, O = to_bgr8(read_image(pair.clean)), to_bgr8(read_image(pair.rainy))
     if B.shape != O.shape:
-        sizes = " but ".join(f"{image.shape[1]}x{image.shape[0]}" for image in (O, B))
-        raise Mismatch(f"{pair.rainy}: its size is {sizes} for its clean image {pair.clean}")
+        raise Mismatch(f"{pair.rainy} and {pair.clean} have two sizes")
     return B, O
