@@ -13,9 +13,7 @@ from base.errors import BadArgument, UserError
 log = logging.getLogger("sdsen")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises BadArgument and takes no abbreviations."""
-
+class Parser(argparse.ArgumentParser):  # raises BadArgument, takes no abbreviations
     def __init__(self, **keywords: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
 
@@ -27,8 +25,7 @@ def set_up_log(level: str = "info") -> None:
     """Print the program's log on standard output from `level` up; of ranks after the first only from warnings up."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
-    if _rank_prefix():
-        handler.setLevel(logging.WARNING)
+    handler.setLevel(logging.WARNING if _rank_prefix() else logging.DEBUG)
     log.handlers = [handler]
     log.propagate = False
     logging.raiseExceptions = False  # else a log file on a full disk prints a traceback per line

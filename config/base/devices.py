@@ -1,4 +1,4 @@
-"""Choice of the device and of the compute precision; errors of full memory."""
+"""The device and the compute precision; errors of full memory."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -30,9 +30,7 @@ def pick_device(name: str) -> torch.device:
     number, count = ranks.local()
     if count > 1 and device.index is not None:
         raise BadArgument(f"{count} processes can't share {name}: --device cuda gives each its own")
-    index = number if count > 1 else device.index
-    if index is None:
-        index = torch.cuda.current_device()
+    index = device.index if device.index is not None else number if count > 1 else torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise BadArgument(f"cuda:{index} does not exist: PyTorch finds {torch.cuda.device_count()}, from cuda:0 on")
     torch.cuda.set_device(index)

@@ -1,7 +1,4 @@
-"""Options: fields of a dataclass that a command line sets, such as `steps: int = option(20000, "training steps", ..)`.
-
-A value is a bool, int, float or str, or a tuple of these.
-"""
+"""Options: fields of a dataclass that a command line sets: bool, int, float, str or a tuple of these."""
 
 import argparse
 import dataclasses
@@ -41,14 +38,11 @@ class Option:
     usual: bool = True  # whether `-h` shows it; `-h all` shows all
 
     def parse(self, words: list[str]) -> Any:
-        """The value that words of a command line give. Raises BadArgument."""
         try:
             values = tuple(self._convert(word) for word in words if word or not self.several)
         except (ValueError, KeyError):
             raise self._wrong_type(" ".join(words)) from None
-        if len(values) != 1 and not self.several:
-            raise self._wrong_type(" ".join(words) or "nothing")
-        return self.check(values if self.several else values[0])
+        return self.check(values if self.several or len(values) != 1 else values[0])
 
     def _convert(self, word: str) -> Any:
         if self.path:  # relative to the caller's working directory
@@ -56,7 +50,7 @@ class Option:
         return BOOLEANS[word.lower()] if self.kind is bool else self.kind(word)
 
     def check(self, value: Any) -> Any:
-        """Returns `value`. Raises BadArgument if the option can't have it."""
+        """Return `value`. Raises BadArgument if the option can't have it."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         values = value if self.several else (value,)
         if not isinstance(values, tuple) or any(type(item) not in kinds for item in values):
@@ -94,12 +88,11 @@ def read_options(cls: type) -> dict[str, Option]:
 def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, Any]:
     """Values by name from `--name value`, `--name=value` and `--name value value`. Raises BadArgument."""
     values: dict[str, list[str]] = {}
-    name = ""
     for word in words:
         if word.startswith("--"):
             name, equals, rest = word[2:].partition("=")
             values[name] = [rest] if equals else []
-        elif not name:
+        elif not values:
             raise BadArgument(f"{word!r} belongs to no setting: settings are given as --name value")
         else:
             values[name].append(word)
