@@ -42,7 +42,7 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
             found |= images
     pairs = {}
     for split, images in found.items():
-        if options.set in LAYOUTS and LAYOUTS[options.set].joined:
+        if LAYOUTS[options.set].joined:
             side, clear = options.clean_side, True
             if not side:
                 side, clear = layouts.find_clean_side([image.path for image in images])
@@ -54,8 +54,7 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
             report["left out"] += left_out
         layouts.make_names_unique(pairs[split])
     if not any(pairs.values()):
-        reasons = report["left out"] + report["ignored"]
-        raise MissingFile(f"no pairs found{f'; the first reason: {reasons[0]}' if reasons else ''}")
+        raise MissingFile("; ".join(["no pairs found", *report["left out"][:1], *report["ignored"][:1]]))
     if "train" in pairs:
         chosen = layouts.choose_validation(pairs["train"], options.val, options.seed)
         pairs["val"] = [pair for pair in pairs["train"] if pair.name in chosen]
@@ -79,10 +78,9 @@ def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) ->
             raise Occupied(f"{path} does not come from these files and options: choose another --data_dir")
 
     thumbs = defaultdict(dict)
-    for done, (split, pair, target, copied) in enumerate(
-        tqdm(todo, unit="pair", disable=not in_terminal(), leave=False)
-    ):
-        if not in_terminal() and done % max(1, len(todo) // 10) == 0:
+    bar = tqdm(todo, unit="pair", disable=not in_terminal(), leave=False)
+    for done, (split, pair, target, copied) in enumerate(bar):
+        if bar.disable and done % max(1, len(todo) // 10) == 0:
             log.info(f"{done} of {len(todo)} pairs")
         try:
             clean, rainy = read_download(pair)
@@ -133,8 +131,9 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
-    sets = [*LAYOUTS, "folders"]
-    parser.add_argument("set", choices=sets, help="joined: any joined files; folders: any two folders, paired by name")
+    parser.add_argument(
+        "set", choices=LAYOUTS, help="joined: any joined files; folders: any two folders, paired by name"
+    )
     parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
     parser.add_argument("--train", type=Path, help="instead of SOURCE: the folder of the training pairs")
     parser.add_argument("--test", type=Path, help="instead of SOURCE: the folder of the test pairs")

@@ -30,7 +30,9 @@ def pick_device(name: str) -> torch.device:
     number, count = ranks.local()
     if count > 1 and device.index is not None:
         raise BadArgument(f"{count} processes can't share {name}: --device cuda gives each its own")
-    index = device.index if device.index is not None else number if count > 1 else torch.cuda.current_device()
+    index = device.index
+    if index is None:
+        index = number if count > 1 else torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise BadArgument(f"cuda:{index} does not exist: PyTorch finds {torch.cuda.device_count()}, from cuda:0 on")
     torch.cuda.set_device(index)

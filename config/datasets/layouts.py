@@ -32,6 +32,7 @@ LAYOUTS = {
     "rain1200": Layout(True, "1200|did-?mdn|^rain_(heavy|medium|light)$"),
     "rain1400": Layout(False, "1400|rainy_image_dataset"),
     "joined": Layout(True, "$^"),  # any other set of joined files
+    "folders": Layout(False, "$^"),  # any two folders
 }
 # Real rain has no ground truth; streak and region are the rain layers in the releases of Rain100H and Rain100L.
 NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|(^|[-_ ])real")
@@ -65,39 +66,33 @@ def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> t
     `split` is what all of `root` is; without it, the folders' names tell. `data_dir` is not searched.
     """
     found, ignored = defaultdict(list), []
-    for folder, subfolders, _ in os.walk(root):
-        folder = Path(folder)
-        skipped = {s for s in subfolders if s[0] == "." or s == "__MACOSX" or (folder / s).resolve() == data_dir}
-        subfolders[:] = sorted(set(subfolders) - skipped)
-        parts = folder.relative_to(root).parts
-        everything = [path for path in list_images(folder) if path.name[0] != "."]
-        images = [path for path in everything if not NO_PAIR_FILE.match(path.stem.lower())]
-        if len(images) < len(everything):
-            ignored.append(f"{folder}: {len(everything) - len(images)} images of the rain alone")
-        where, reason = split_of(set_name, root, parts, split)
-        if where:
-            found[where] += [Found(path, parts, role_of(path, parts)) for path in images]
-        elif images:
-            ignored.append(f"{folder} ({len(images)} images): {reason}")
-    return {where: images for where, images in found.items() if images}, ignored
+    for name, subfolders, _ in os.walk(root):
+        folder, parts = Path(name), Path(name).relative_to(root).parts
+        searched = (sub for sub in subfolders if sub[0] != "." and sub != "__MACOSX")
+        subfolders[:] = sorted(sub for sub in searched if (folder / sub).resolve() != data_dir)
+        where = split_of(set_name, root, parts, split)
+        images = [path for path in list_images(folder) if path.name[0] != "."]
+        pairs = [path for path in images if where and not NO_PAIR_FILE.match(path.stem.lower())]
+        if pairs:
+            found[where] += [Found(path, parts, role_of(path, parts)) for path in pairs]
+        if len(pairs) < len(images):
+            ignored.append(f"{folder}: {len(images) - len(pairs)} images, by name no pairs of {set_name} (--train, --test)")
+    return found, ignored
 
 
-def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> tuple[str, str]:
-    """("train" or "test", "") for a folder of a download, or ("", why it is ignored).
+def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> str:
+    """ "train", "test", or "" for a folder of a download that is ignored.
 
     Without `split`, the innermost name with "train" or "test" in it decides, `root`'s own last.
     """
-    layout, names = LAYOUTS[set_name], [part.lower() for part in parts]
-    if any(NO_PAIR_FOLDER.search(name) for name in names):
-        return "", "no pairs, by its name"
-    for other, its in LAYOUTS.items():
-        if any(re.search(its.folder, name) for name in names) and not any(re.search(layout.folder, n) for n in names):
-            return "", f"it belongs to {other}"
+    names = [part.lower() for part in parts]
+    sets = [key for key, layout in LAYOUTS.items() if any(re.search(layout.folder, name) for name in names)]
+    if any(NO_PAIR_FOLDER.search(name) for name in names) or (sets and set_name not in sets):
+        return ""
     names = [*reversed(names), root.resolve().name.lower()]
     splits = [word for name in names for word in ("train", "test") if word in name]
-    splits += ["test"] * any(re.fullmatch(layout.test_folder, name) for name in names)
-    split = split or "".join(splits[:1])
-    return split, "" if split else "its name says neither train nor test: --train and --test can name folders"
+    splits += ["test"] * any(re.fullmatch(LAYOUTS[set_name].test_folder, name) for name in names)
+    return split or "".join(splits[:1])
 
 
 def role_of(path: Path, parts: tuple[str, ...]) -> str:
@@ -112,23 +107,20 @@ def role_of(path: Path, parts: tuple[str, ...]) -> str:
 def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
     """Pairs of rainy and clean images, and a line for every image without exactly one partner.
 
-    Equal stems come first, then equal bare stems, then `stem_k` with `stem`. Several rainy images may share one clean
-    image. Folders belong together where they differ only in words for clean or rainy.
+    Partners have equal bare stems, or `stem_k` and `stem`. Several rainy images may share one clean image. Folders
+    belong together where they differ only in words for clean or rainy.
     """
-    clean = defaultdict(lambda: defaultdict(list))  # clean[place][key] = files
+    clean, pairs, left_out, used = defaultdict(list), [], [], set()
     for image in (image for image in images if image.role == "clean"):
-        clean[_place(image)]["whole", image.path.stem.lower()].append(image.path)
-        clean[_place(image)]["bare", bare(image.path.stem)].append(image.path)
-    pairs, left_out, used = [], [], set()
+        clean[_place(image), bare(image.path.stem)].append(image.path)
     for image in (image for image in images if image.role == "rainy"):
-        short, partners = bare(image.path.stem), clean[_place(image)]
-        keys = (("whole", image.path.stem.lower()), ("bare", short), ("bare", re.sub(r"_\d+$", "", short)))
-        candidates = next((partners[key] for key in keys if key in partners), [])
-        used.update(candidates)
-        if len(candidates) == 1:
-            pairs.append(Pair(image.path, candidates[0], image.parts, short))
+        place, short = _place(image), bare(image.path.stem)
+        partners = clean.get((place, short)) or clean.get((place, re.sub(r"_\d+$", "", short)), [])
+        used.update(partners)
+        if len(partners) == 1:
+            pairs.append(Pair(image.path, partners[0], image.parts, short))
         else:
-            left_out.append(f"{image.path}: {len(candidates) or 'no'} clean images fit it")
+            left_out.append(f"{image.path}: {len(partners) or 'no'} clean images fit it")
     left_out += [f"{i.path}: no rainy image fits it" for i in images if i.role == "clean" and i.path not in used]
     left_out += [f"{i.path}: neither its folder nor its name says clean or rainy" for i in images if not i.role]
     return pairs, left_out

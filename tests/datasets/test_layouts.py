@@ -28,9 +28,7 @@ from datasets.layouts import Found, Pair, choose_validation, make_names_unique, 
     ],
 )
 def test_folder_names_tell_the_split(set_name, folder, split):
-    where, reason = split_of(set_name, Path("/home/download"), Path(folder).parts)
-    assert where == split
-    assert bool(reason) == (not split)
+    assert split_of(set_name, Path("/home/download"), Path(folder).parts) == split
 
 
 def test_folders_and_names_tell_the_role():
