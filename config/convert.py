@@ -17,9 +17,8 @@ from tqdm import tqdm
 from base.console import Parser, in_terminal, log, run_script, set_up_log
 from base.errors import MissingFile, Occupied, UserError
 from base.files import ROOT, write_bytes
-from base.images import list_images, read_image, read_pair, to_bgr8, write_image
+from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8, write_image
 from datasets import layouts
-from datasets.backgrounds import shared_backgrounds, thumbnail
 from datasets.layouts import LAYOUTS, Found, Pair, rain_side, read_download
 
 SPLITS = ("train", "val", "test")

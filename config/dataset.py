@@ -15,9 +15,8 @@ from tqdm import tqdm
 from base.console import in_terminal, log
 from base.errors import BadArgument, Mismatch
 from base.files import ROOT
-from base.images import list_pairs, read_image, read_pair, to_bgr8
+from base.images import list_pairs, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
 from datasets import builtin
-from datasets.backgrounds import shared_backgrounds, thumbnail
 from settings import Settings
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES
@@ -41,8 +40,7 @@ def data_path(settings: Settings) -> Path:
 class CropDataset(Dataset):
     """Random crops (O, B) of stored pairs or, with setting `rain`, of clean images with new synthetic rain.
 
-    Item i is sample i of the whole training, a function of (seed, step, position in the batch). Each epoch has its own
-    order of the images.
+    Item i is sample i of the whole training, a function of (seed, step, position in the batch).
 
     The pairs are in `folder`. With `rain`, only their clean halves are used, or the images of `clean_dir` instead.
     Pairs of `more_data` are added as stored. Images whose background is in a folder of `exclude` are left out.
@@ -71,11 +69,9 @@ class CropDataset(Dataset):
         shared = shared_backgrounds(thumbs, excluded)
         self.paths = [path for path in self.paths if path not in shared]
         if not self.paths:
-            raise BadArgument(f"no training images are left: exclude shows the backgrounds of all {len(shared)}")
+            raise BadArgument("exclude shows the backgrounds of all training images")
         self.kept = {path: self.kept[path] for path in self.paths if path in self.kept}
-        log.info(
-            f"{len(self.paths)} training images, {len(self.kept)} kept in memory; {len(shared)} left out by exclude"
-        )
+        log.info(f"{len(self.paths)} training images, {len(self.kept)} kept in memory, {len(shared)} excluded")
 
     def _read(self, path: Path) -> Images:
         """(B, O) of a stored pair, or (B,) for synthetic rain; followed by the labels, if any."""

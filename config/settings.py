@@ -6,6 +6,7 @@ at the caller's working directory.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -73,11 +74,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     accumulate: int = _training(1, "parts of a batch, one after another: same gradients, less memory", minimum=1)
     checkpoint_activations: bool = _advanced(False, "recompute activations for the gradients: less memory, more time")
     compile: str = _advanced("auto", "torch.compile; auto: long trainings on a CUDA GPU", choices=("on", "off"))
-    cuda_graphs: str = _advanced(
-        "auto",
-        "replay training steps, and images of one size, as CUDA graphs; auto: where they are possible",
-        choices=("on", "off"),
-    )
+    cuda_graphs: str = _advanced("auto", "replay steps, and images of one size, as CUDA graphs", choices=("on", "off"))
     seed: int = _training(0, "seed of the initial weights, the crops and their rain", minimum=0)
     val_images: int = _advanced(10, "validation pairs, spread over val; 0: all", minimum=0)
     log_steps: int = _advanced(50, "steps between log lines and points of the curves", minimum=1)
@@ -91,7 +88,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     device: str = _run("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = _run(
         "auto",
-        "auto: on CUDA GPUs bf16 in training (Ampere or newer), fp16 in test and show (Volta or newer), else float32",
+        "compute precision; auto: on new CUDA GPUs bf16 in training, fp16 in test and show; else float32",
         choices=("float32", "bf16", "fp16"),
     )
     memory_gib: float = _run(0.0, "memory for restoring an image, GiB; 0: what is free (CPU)", minimum=0)
@@ -160,11 +157,8 @@ def map_paths(settings: Settings, function: Callable[[str], str]) -> dict[str, A
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """The settings as a checkpoint stores them: paths in the repository are relative to it, so that it can move."""
-
-    def in_root(path: str) -> str:
-        return Path(path).relative_to(ROOT).as_posix() if Path(path).is_relative_to(ROOT) else path
-
-    return {**dataclasses.asdict(settings), **map_paths(settings, in_root)}
+    paths = map_paths(settings, lambda path: path.removeprefix(f"{ROOT}{os.sep}"))
+    return {**dataclasses.asdict(settings), **paths}
 
 
 def from_dict(values: dict[str, Any]) -> Settings:

@@ -76,7 +76,9 @@ def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> t
         if pairs:
             found[where] += [Found(path, parts, role_of(path, parts)) for path in pairs]
         if len(pairs) < len(images):
-            ignored.append(f"{folder}: {len(images) - len(pairs)} images, by name no pairs of {set_name} (--train, --test)")
+            ignored.append(
+                f"{folder}: {len(images) - len(pairs)} images, by name no pairs of {set_name} (--train, --test)"
+            )
     return found, ignored
 
 
