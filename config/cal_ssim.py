@@ -1,8 +1,7 @@
 """PSNR and SSIM, differentiable for training, and the protocol of all scores in this repository.
 
-The protocol: the restored image is rounded to 8 bits, as it would be saved, and compared with the 8-bit ground truth:
-whole images, no border cut. The score of a data set is the mean over its images. `psnr` and `ssim` are computed on RGB
-(equal weights), `psnr_y` and `ssim_y` on the luma of MATLAB's rgb2ycbcr (16..235, rounded to 8 bits).
+The protocol: restored images are rounded to 8 bits and compared whole; the score of a data set is the mean over its
+images. `psnr` and `ssim` are of RGB (equal weights), `psnr_y` and `ssim_y` of the luma of MATLAB's rgb2ycbcr, rounded.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,10 +55,7 @@ def luma(bgr: Tensor) -> Tensor:
 
 
 def scores(restored: Tensor, B: Tensor) -> dict[str, float]:
-    """The four METRICS of a restored image against the ground truth `B`, both (3, H, W) uint8 in BGR order.
-
-    Computed on the device of `restored`. SSIM is nan for an image smaller than its window.
-    """
+    """The METRICS of a restored image, both (3, H, W) uint8 in BGR order. SSIM is nan below its window's size."""
     device = torch.device("cpu") if restored.device.type == "mps" else restored.device  # MPS has no float64
     pair = [image.to(device)[None] for image in (restored, B)]
     height, enough, values = B.shape[-2], min(B.shape[-2:]) >= WINDOW, []

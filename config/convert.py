@@ -2,8 +2,8 @@
 
     python config/convert.py rain800 ~/Downloads/rain800 --data_dir data/rain800
 
-Exit status: 0 all converted; 1 some files left out, all named in data_dir/convert_report.txt; 2 nothing done, with one
-line that says why. A second run skips what exists and completes an interrupted one.
+Exit status: 0 all converted; 1 some files left out, named in data_dir/convert_report.txt; 2 nothing done. A second run
+completes an interrupted one.
 """
 
 import argparse
@@ -62,10 +62,7 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
 
 
 def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) -> Thumbnails:
-    """Write the pairs of each split, except those that cannot be read; returns the thumbnails of their clean halves.
-
-    Raises Occupied where `data_dir` holds something else, MissingFile where no pair can be read.
-    """
+    """Write the pairs of each split, except those that cannot be read; returns the thumbnails of their clean halves."""
     todo = []
     for split, pair in ((split, pair) for split, group in pairs.items() for pair in group):
         suffix = pair.rainy.suffix.lower().replace("jpeg", "jpg")
@@ -128,7 +125,6 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
     parser.add_argument(
         "set", choices=LAYOUTS, help="joined: any joined files; folders: any two folders, paired by name"

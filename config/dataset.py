@@ -40,10 +40,8 @@ def data_path(settings: Settings) -> Path:
 class CropDataset(Dataset):
     """Random crops (O, B) of stored pairs or, with setting `rain`, of clean images with new synthetic rain.
 
-    Item i is sample i of the whole training, a function of (seed, step, position in the batch).
-
-    The pairs are in `folder`. With `rain`, only their clean halves are used, or the images of `clean_dir` instead.
-    Pairs of `more_data` are added as stored. Images whose background is in a folder of `exclude` are left out.
+    Item i is sample i of the whole training, a function of (seed, step, position in the batch). The pairs are in
+    `folder`; with `rain`, only their clean halves are used. Pairs of `more_data` are added as stored.
 
     Reads every file once. Raises UserError if one is not a pair or smaller than the patch, or if none is left.
     """
@@ -121,7 +119,6 @@ def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Genera
 
 
 def _rotated_crop(images: Images, patch: int, rng: np.random.Generator, scale: float = 1.0) -> Images:
-    """A crop of the images rotated by up to ANGLE degrees and enlarged by `scale`."""
     height, width = images[0].shape[:2]
     angle = np.deg2rad(rng.uniform(-ANGLE, ANGLE))
     reach = _reach(angle, patch) / scale

@@ -19,10 +19,8 @@ from synthesis.styles import STYLES, IntensityRain
 
 
 def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bool = False) -> int:
-    """Write `count` joined pairs for each clean image of `source`, B left and O right; returns how many were written.
+    """Write `count` joined pairs for each clean image of `source`, or with `pairs` each clean half; returns how many.
 
-    With `pairs`, `source` holds joined pairs, whose clean halves are taken. `drawn.txt` in `target` records the style;
-    `drawn.csv` each picture's direction and radius, if the style chooses these. A second call writes the same files.
     Raises BadArgument where two images have the same name, Occupied where `target` is the folder of the clean images.
     """
     style, chosen, paths = STYLES[name], [], list_pairs(source)

@@ -1,8 +1,7 @@
 """All settings: one dataclass, the checks of one against another, and how checkpoints store them.
 
-The defaults are the paper's S-DSEN. A preset (presets.py) changes a few of them, the command line (`--name value`)
-changes any. A relative path in this file or in a preset starts at the repository, one that is typed on the command line
-at the caller's working directory.
+The defaults are the paper's S-DSEN; presets and the command line (`--name value`) change them. Relative paths here and
+in presets start at the repository, those of a command line at the caller's working directory.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ _run = partial(option, group="Files and devices")
 
 @dataclass(frozen=True)
 class Settings(Coarse2FineSettings, PHPSettings):
-    # The network: see model.DSEN, coarse2fine.Coarse2Fine and php.PHP.
     network: str = _network("dsen", "architecture", choices=("dsen", "coarse2fine", "php"))
     channel: int = _network(10, "regular channels per layer (paper: 10 in DSEN, 20 in the CNN)", minimum=2)
     depth: int = _network(7, "layers, of which depth - 3 are residual (paper: 7)", minimum=1)
@@ -124,14 +122,11 @@ def override(settings: Settings, overrides: dict[str, Any]) -> Settings:
         options.find(FIELDS, name).check(value)
     settings = dataclasses.replace(settings, **overrides)
     settings = dataclasses.replace(settings, **map_paths(settings, lambda path: str(ROOT / path)))
-    if settings.epochs and "steps" in overrides and "epochs" not in overrides:
-        raise BadArgument(f"training counts {settings.epochs} epochs: set --epochs, or --epochs 0 with --steps")
-    _check(settings)
-    return settings
-
-
-def _check(s: Settings) -> None:
+    s = settings
     conflicts = {
+        "this training counts epochs: set --epochs, or --epochs 0 with --steps": s.epochs
+        and "steps" in overrides
+        and "epochs" not in overrides,
         f"depth must be at least 4 in DSEN, got {s.depth}": s.network == "dsen" and s.depth < 4,
         f"loss {s.loss} is not for network {s.network}": s.loss in ("coarse2fine", "php") and s.loss != s.network,
         "aggregation max and mean pool orientations: not group z2": s.group == "z2" and s.aggregation != "conv",
@@ -144,6 +139,7 @@ def _check(s: Settings) -> None:
     for message, is_conflict in conflicts.items():
         if is_conflict:
             raise BadArgument(message)
+    return settings
 
 
 def map_paths(settings: Settings, function: Callable[[str], str]) -> dict[str, Any]:

@@ -12,11 +12,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of setting `device`; "auto" is the first available of cuda, mps and cpu. Raises BadArgument.
-
-    A CUDA device becomes the current one; each process on a machine gets its own. TF32 is turned off: float32
-    convolutions would round their inputs to 10 bits.
-    """
+    """The device of setting `device`; a CUDA device becomes the current one, each process's own. Raises BadArgument."""
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [kind for kind in kinds if kinds[kind]]
     try:
@@ -36,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     if index >= torch.cuda.device_count():
         raise BadArgument(f"cuda:{index} does not exist: PyTorch finds {torch.cuda.device_count()}, from cuda:0 on")
     torch.cuda.set_device(index)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # which would round the inputs of float32 convolutions to 10 bits
     return torch.device("cuda", index)
 
 

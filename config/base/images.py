@@ -34,10 +34,7 @@ def list_pairs(source: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16; upright by its EXIF data.
-
-    Raises MissingFile or DamagedFile.
-    """
+    """An upright image as (H, W) grey, (H, W, 3) or (H, W, 4), uint8 or uint16. Raises MissingFile or DamagedFile."""
     try:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
     except OSError as error:

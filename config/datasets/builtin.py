@@ -38,10 +38,9 @@ RENDERINGS = {"train": 6, "val": 3, "test": 3}  # per photograph, in the styles 
 
 
 def make_builtin(folder: Path) -> None:
-    """Make `folder`, if it does not exist, with train, val and test: joined PNG pairs, B left and O right.
+    """Make `folder` with train, val and test, if it does not exist: built under another name, then renamed.
 
-    It is built under another name and renamed, so it is never half made. Raises MissingFile without scikit-image,
-    Occupied where `folder` holds something else, NotWritable on a full disk.
+    Raises MissingFile without scikit-image, Occupied where `folder` holds something else, NotWritable on a full disk.
     """
     if _is_finished(folder):
         return
@@ -67,24 +66,16 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _write_pairs(folder: Path) -> None:
-    photographs = _photograph_folder()
+    package = importlib.util.find_spec("skimage")  # `skimage.data` takes a second to import and downloads missing files
+    if package is None:
+        raise MissingFile("the built-in set needs the photographs of scikit-image: pip install scikit-image")
+    photographs = Path(package.submodule_search_locations[0]) / "data"
     for number, (split, name) in enumerate((split, name) for split, names in SPLIT.items() for name in names):
-        clean = _shrink(to_bgr8(read_image(photographs / name)))
+        clean = to_bgr8(read_image(photographs / name))
+        factor = min(1.0, LONGEST_SIDE / max(clean.shape[:2]))
+        size = [round(side * factor) for side in clean.shape[1::-1]]
+        clean = cv2.resize(clean, size, interpolation=cv2.INTER_AREA)
         for rendering in range(RENDERINGS[split]):
             rng = np.random.default_rng([number, rendering])
             rainy = add_rain(clean, MIXTURE[rendering % len(MIXTURE)], rng)
             write_image(folder / split / f"{Path(name).stem}_x{rendering + 1}.png", np.hstack([clean, rainy]))
-
-
-def _photograph_folder() -> Path:
-    # Not `skimage.data`: it takes a second to import and downloads missing files.
-    package = importlib.util.find_spec("skimage")
-    if package is None:
-        raise MissingFile("the built-in set needs the photographs of scikit-image: pip install scikit-image")
-    return Path(package.submodule_search_locations[0]) / "data"
-
-
-def _shrink(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    factor = min(1.0, LONGEST_SIDE / max(height, width))
-    return cv2.resize(image, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)

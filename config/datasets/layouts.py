@@ -61,10 +61,7 @@ class Pair:
 
 
 def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> tuple[dict[str, list[Found]], list[str]]:
-    """The images of one set in an unpacked download by split, and a line for everything that is ignored.
-
-    `split` is what all of `root` is; without it, the folders' names tell. `data_dir` is not searched.
-    """
+    """The images of one set in an unpacked download by split, and a line for everything that is ignored."""
     found, ignored = defaultdict(list), []
     for name, subfolders, _ in os.walk(root):
         folder, parts = Path(name), Path(name).relative_to(root).parts
@@ -83,10 +80,7 @@ def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> t
 
 
 def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> str:
-    """ "train", "test", or "" for a folder of a download that is ignored.
-
-    Without `split`, the innermost name with "train" or "test" in it decides, `root`'s own last.
-    """
+    """What a folder of a download holds: `split` if given, else as the innermost name tells; "" if it is ignored."""
     names = [part.lower() for part in parts]
     sets = [key for key, layout in LAYOUTS.items() if any(re.search(layout.folder, name) for name in names)]
     if any(NO_PAIR_FOLDER.search(name) for name in names) or (sets and set_name not in sets):
@@ -147,10 +141,7 @@ def make_names_unique(pairs: list[Pair]) -> None:
 
 
 def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
-    """Names of at most `count` pairs, chosen by hashes of name and `seed`; pairs of one clean file stay together.
-
-    Raises BadArgument where nothing is left to train on.
-    """
+    """Names of at most `count` pairs, chosen by hashes of name and `seed`; pairs of one clean file stay together."""
     if pairs and count >= len(pairs):
         raise BadArgument(f"--val {count} leaves none of the {len(pairs)} training pairs to train on: lower it")
     groups = defaultdict(list)
@@ -166,8 +157,7 @@ def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
 def rain_side(first: np.ndarray, second: np.ndarray) -> int:
     """Which of two (H, W, 3) uint8 images is the rainy one: -1 first, 1 second, 0 unknown.
 
-    Streaks add detail, and are narrow and bright: the fine part of rainy - clean is skewed upwards. Both must agree.
-    Mean brightness does not tell: many rainy images of Rain800 are dimmed.
+    Streaks add detail, and the fine part of rainy - clean is skewed upwards. Mean brightness does not tell.
     """
     a, b = (cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32) for image in (first, second))
     detail = [cv2.norm(cv2.Laplacian(image, cv2.CV_32F), cv2.NORM_L1) for image in (a, b)]

@@ -29,7 +29,9 @@ def training_batches(dataset: Dataset, first_step: int, device: torch.device) ->
     starts = range(first_step * settings.batch_size, settings.steps * settings.batch_size, settings.batch_size)
     workers = settings.num_workers
     if workers < 0:  # threads do not speed up synthetic rain, and a GPU's step takes less time than its rain
-        workers = _spare_cores() if device.type == "cuda" and settings.rain else 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # one rank's, less one for its step
+        workers = min(8, cores) if device.type == "cuda" and settings.rain else 0
     loader = DataLoader(
         dataset,
         batch_sampler=[range(start + mine.start, start + mine.stop) for start in starts],
@@ -39,12 +41,6 @@ def training_batches(dataset: Dataset, first_step: int, device: torch.device) ->
         worker_init_fn=_init_worker,
     )
     return _from_workers(loader) if workers else _one_ahead(iter(loader))
-
-
-def _spare_cores() -> int:
-    """Worker processes for one rank: 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _from_workers(loader: DataLoader) -> Iterator:

@@ -28,11 +28,8 @@ def rain_layer(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
 
 
 def streak_correlation(clean: np.ndarray, rainy: np.ndarray) -> float:
-    """How long streaks are: the highest correlation of R with R shifted by ROWS pixels along the streaks.
-
-    Pixels with a saturated channel are left out; nan where too few remain.
-    """
-    rain, known = rain_layer(clean, rainy), rainy.max(axis=2) < 255
+    """How long streaks are: the highest correlation of R with R shifted by ROWS pixels along them; nan if unknown."""
+    rain, known = rain_layer(clean, rainy), rainy.max(axis=2) < 255  # not the saturated pixels
     width, highest = rain.shape[1], nan
     for shift in range(-min(REACH, width), min(REACH, width) + 1):
         upper = np.s_[:-ROWS, max(0, -shift) : width - max(0, shift)]

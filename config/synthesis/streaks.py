@@ -44,10 +44,7 @@ def picture_generator(seed: int, name: str, number: int) -> Generator:
 
 
 def _one_set(size: Size, angle: float, level: float, streaks: Streaks, stepped: bool, rng: Generator) -> np.ndarray:
-    """One set of streaks, `size` float32, that lean by `angle` degrees, positive as "/".
-
-    Streaks that lean evenly are rendered vertically, then sheared: that takes the same time for every length.
-    """
+    """One set of streaks, `size` float32, that lean by `angle` degrees, positive as "/"; sheared unless `stepped`."""
     slant = cos(radians(angle))
     length = max(2, round(_log_uniform(streaks.length, rng) * slant))
     shape = (length, rng.uniform(*streaks.width) / slant, rng.uniform(*streaks.coverage))
@@ -61,7 +58,6 @@ def _one_set(size: Size, angle: float, level: float, streaks: Streaks, stepped: 
 
 
 def _canvas_width(size: Size, angle: float) -> int:
-    """The width of what `_shear` shears to `size`."""
     return size[1] + ceil(size[0] * abs(tan(radians(angle)))) + 2
 
 
@@ -75,7 +71,6 @@ def _shear(canvas: np.ndarray, size: Size, angle: float, rng: Generator) -> np.n
 
 
 def _intensity_rain(size: Size, style: IntensityRain, rng: Generator) -> np.ndarray:
-    """`size` float32 grey levels."""
     angle, radius = style.choose(rng)
     length = max(2, round(style.length * cos(radians(angle))))
     # 4 pixels on each side for the blur; `length` rows more, so that streaks enter from outside the image.
@@ -131,7 +126,6 @@ def _stepped_hard(size: Size, angle: float, shape: Shape, adds: bool, rng: Gener
 
 
 def _stepped_soft(size: Size, angle: float, shape: Shape, streaks: Streaks, rng: Generator) -> np.ndarray:
-    """As `_soft`, but stepped."""
     length, across, coverage = shape
     even, (first, second), blur = rng.uniform() < 0.5, _tapers(length, streaks.taper), _blur(across, cv2.CV_32F)
     line = np.pad(_stepped_line(first, angle), second // 2 + ceil(across))

@@ -9,12 +9,9 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Streaks:
-    """One kind of streaks, of which a picture holds several sets, each with values of its own from these ranges.
+    """One kind of streaks, of which a picture holds several sets, each with values of its own from these ranges."""
 
-    Hard streaks are lines of constant brightness with square ends; soft ones are blurred noise above a threshold.
-    """
-
-    hard: bool
+    hard: bool  # lines of constant brightness with square ends; else soft: blurred noise above a threshold
     sets: tuple[int, int]  # sets of this kind in a picture, both ends included
     turn: Range  # degrees between a set and the picture's main direction, to either side
     length: Range  # pixels, log-uniform
@@ -37,10 +34,7 @@ class RainStyle:
 
 @dataclass(frozen=True)
 class IntensityRain:
-    """The rain of the intensity-aware paper, section III-D: noise, blurred, thresholded, motion-blurred.
-
-    The paper gives radii and directions, of which a picture has one each; the other values are chosen by eye.
-    """
+    """The rain of the intensity-aware paper, section III-D. It gives radii and directions; the rest is chosen by eye."""
 
     radii: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)  # sigma of the noise's Gaussian blur, pixels
     directions: tuple[float, ...] = (-40, -30, -15, 0, 15, 30, 40)  # degrees; 0 is vertical, positive leans as "/"
