@@ -42,10 +42,9 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
     pairs = {}
     for split, images in found.items():
         if LAYOUTS[options.set].joined:
-            side, clear = options.clean_side, True
-            if not side:
-                side, clear = layouts.find_clean_side([image.path for image in images])
-            if not clear:
+            given = options.clean_side
+            side, is_clear = (given, True) if given else layouts.find_clean_side([image.path for image in images])
+            if not is_clear:
                 report["warnings"].append(f"{split}: the clean side is a guess: look at the result, or --clean_side")
             pairs[split] = [Pair(i.path, None, i.parts, i.path.stem, clean_left=side == "left") for i in images]
         else:
@@ -120,8 +119,7 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
         if lines:
             log.info(f"{title}: {len(lines)}, listed in {path}; the first: {lines[0]}")
     write_bytes(path, ("\n".join(text) + "\n").encode())
-    log.info(f"{data_dir}: {counts} pairs")
-    log.info(f"next: python config/main.py -a {'train' if thumbs['train'] else 'test'} --data_dir {data_dir}")
+    log.info(f"{counts} pairs; next: main.py -a {'train' if thumbs['train'] else 'test'} --data_dir {data_dir}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

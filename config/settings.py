@@ -120,13 +120,11 @@ def override(settings: Settings, overrides: dict[str, Any]) -> Settings:
     """A copy of `settings` with some values changed, checked. Raises BadArgument as `resolve` does."""
     for name, value in overrides.items():
         options.find(FIELDS, name).check(value)
-    settings = dataclasses.replace(settings, **overrides)
-    settings = dataclasses.replace(settings, **map_paths(settings, lambda path: str(ROOT / path)))
-    s = settings
+    s = dataclasses.replace(settings, **overrides)
+    s = dataclasses.replace(s, **map_paths(s, lambda path: str(ROOT / path)))
+    counts = {"steps", "epochs"} & {*overrides}
     conflicts = {
-        "this training counts epochs: set --epochs, or --epochs 0 with --steps": s.epochs
-        and "steps" in overrides
-        and "epochs" not in overrides,
+        "training counts epochs: set --epochs, or --epochs 0 with --steps": s.epochs and counts == {"steps"},
         f"depth must be at least 4 in DSEN, got {s.depth}": s.network == "dsen" and s.depth < 4,
         f"loss {s.loss} is not for network {s.network}": s.loss in ("coarse2fine", "php") and s.loss != s.network,
         "aggregation max and mean pool orientations: not group z2": s.group == "z2" and s.aggregation != "conv",
@@ -139,7 +137,7 @@ def override(settings: Settings, overrides: dict[str, Any]) -> Settings:
     for message, is_conflict in conflicts.items():
         if is_conflict:
             raise BadArgument(message)
-    return settings
+    return s
 
 
 def map_paths(settings: Settings, function: Callable[[str], str]) -> dict[str, Any]:

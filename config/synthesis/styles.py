@@ -34,7 +34,7 @@ class RainStyle:
 
 @dataclass(frozen=True)
 class IntensityRain:
-    """The rain of the intensity-aware paper, section III-D. It gives radii and directions; the rest is chosen by eye."""
+    """The rain of the intensity-aware paper, section III-D. Radii and directions are the paper's."""
 
     radii: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)  # sigma of the noise's Gaussian blur, pixels
     directions: tuple[float, ...] = (-40, -30, -15, 0, 15, 30, 40)  # degrees; 0 is vertical, positive leans as "/"
