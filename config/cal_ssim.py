@@ -21,10 +21,7 @@ def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
-    """Structural similarity of each image, (N, C, H, W) twice -> (N,), the mean over the channels.
-
-    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5 inside the image, K = (0.01, 0.03).
-    """
+    """Structural similarity of each image, (N, C, H, W) twice -> (N,): Wang et al. 2004, inside the image."""
     if min(x.shape[-2:]) < WINDOW:
         raise ValueError(f"ssim needs H and W of at least {WINDOW}, got {tuple(x.shape)}")
     channels = x.shape[1]

@@ -39,11 +39,9 @@ def read_image(path: Path) -> np.ndarray:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
     except OSError as error:
         raise MissingFile(f"can't read {path}: {error.strerror}") from None
-    # Checked here because libpng prints its own message about a truncated file.
-    cut_off = bytes(data[:4]) == b"\x89PNG" and b"IEND" not in bytes(data[-64:])
-    image = None if cut_off or data.size == 0 else _decode(data, cv2.IMREAD_UNCHANGED)
-    if image is not None and (image.ndim == 2 or image.shape[2] == 3):
-        # IMREAD_UNCHANGED ignores the EXIF orientation; without alpha these flags decode the same samples upright.
+    cut_off = bytes(data[:4]) == b"\x89PNG" and b"IEND" not in bytes(data[-64:])  # libpng would print a message
+    image = None if cut_off else _decode(data, cv2.IMREAD_UNCHANGED)
+    if image is not None and image.shape[2:] != (4,):  # IMREAD_UNCHANGED, which keeps alpha, ignores EXIF orientation
         image = _decode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if image is None:
         raise DamagedFile(f"{path} is not an image or is cut off: remove it or download it again")

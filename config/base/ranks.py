@@ -26,8 +26,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
-        # Wait for all ranks. Not by a barrier: it may use NCCL, which needs a GPU per rank even if all are on the CPU.
-        total([0.0])
+        total([0.0])  # waits for all; a barrier may use NCCL, which needs a GPU per rank even if all are on the CPU
     except RuntimeError as error:
         if is_lost(error):
             raise LostProcess(ENDED) from None

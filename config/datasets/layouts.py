@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,8 +16,7 @@ from base.errors import BadArgument, Mismatch, UserError
 from base.images import list_images, read_image, read_pair, to_bgr8
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a data set is distributed; the patterns are of folder names in lower case."""
 
     joined: bool  # one file holds both halves; else two files, paired by name
@@ -44,8 +44,7 @@ AFFIX = r"^({0})([-_ ]|(?=\d))|[-_ ]({0})$|(?<=\d)x2$".format(f"{CLEAN}|{RAINY}"
 SAMPLE = 100  # joined files of a split that vote on the clean side
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     path: Path
     parts: tuple[str, ...]  # names of the folders between the download and the image
     role: str  # "clean", "rainy"; "" where neither the folder nor the name tells

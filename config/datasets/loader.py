@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from multiprocessing import resource_tracker
 from threading import Thread
 
@@ -51,25 +51,17 @@ def _from_workers(loader: DataLoader) -> Iterator:
         atexit.register(ending.close)
         ending.callback(atexit.unregister, ending.close)
         ending.callback(lambda: [process.kill() for process in workers])
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # now, because starting it unblocks signals
+        # Workers start with STOPS blocked: they import for seconds before `_init_worker`.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
-            with _blocked_stops():
-                batches = iter(loader)
+            batches = iter(loader)
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             workers += [process for process in multiprocessing.active_children() if process not in others]
         ending.callback(batches._shutdown_workers)
         yield from batches
-
-
-@contextmanager
-def _blocked_stops() -> Iterator[None]:
-    """Block STOPS, also in processes that start meanwhile: a worker imports for seconds before `_init_worker`."""
-    if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # now, because starting it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _init_worker(_: int) -> None:

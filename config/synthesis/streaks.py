@@ -64,8 +64,7 @@ def _canvas_width(size: Size, angle: float) -> int:
 def _shear(canvas: np.ndarray, size: Size, angle: float, rng: Generator) -> np.ndarray:
     """Shear vertical streaks (height, `_canvas_width`) by `angle` degrees to `size`."""
     (height, width), slope = size, tan(radians(angle))
-    # The shift by part of a pixel keeps vertical streaks from lying exactly on the columns.
-    left = rng.uniform(0, 1) + max(0.0, -slope * height)
+    left = rng.uniform(0, 1) + max(0.0, -slope * height)  # else vertical streaks would lie exactly on the columns
     shear = np.array([[1, slope, left], [0, 1, 0]])
     return cv2.warpAffine(canvas, shear, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
