@@ -41,9 +41,8 @@ class CropDataset(Dataset):
     """Random crops (O, B) of stored pairs or, with setting `rain`, of clean images with new synthetic rain.
 
     Item i is sample i of the whole training, a function of (seed, step, position in the batch). The pairs are in
-    `folder`; with `rain`, only their clean halves are used. Pairs of `more_data` are added as stored.
-
-    Reads every file once. Raises UserError if one is not a pair or smaller than the patch, or if none is left.
+    `folder`; with `rain`, only their clean halves are used. Pairs of `more_data` are added as stored. Reads every file
+    once. Raises UserError if one is not a pair or smaller than the patch, or if none is left.
     """
 
     def __init__(self, folder: Path, settings: Settings, read_labels: LabelReader | None = None):

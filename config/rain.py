@@ -20,10 +20,7 @@ from synthesis.styles import STYLES, IntensityRain
 
 
 def draw(options: argparse.Namespace) -> int:
-    """Write joined pairs, B left and O right; returns how many. A second call writes the same files.
-
-    Raises BadArgument where two images have the same name, Occupied where the clean images are in the target.
-    """
+    """Write joined pairs, B left and O right; returns how many. A second call writes the same files."""
     style, target, chosen, paths = STYLES[options.style], options.target, [], list_pairs(options.source)
     if target.resolve() in (path.resolve() for path in (options.source, paths[0].parent)):
         raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")

@@ -85,9 +85,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     show_dir: str = _run("showdir", "folder of the restored images and the gallery", path=True)
     device: str = _run("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = _run(
-        "auto",
-        "compute precision; auto: on new CUDA GPUs bf16 in training, fp16 in test and show; else float32",
-        choices=("float32", "bf16", "fp16"),
+        "auto", "auto: CUDA GPUs train in bf16, test in fp16; else float32", choices=("float32", "bf16", "fp16")
     )
     memory_gib: float = _run(0.0, "memory for restoring an image, GiB; 0: what is free (CPU)", minimum=0)
     mirror: bool = _run(False, "average with the restored mirror image: twice the time, a little better")

@@ -13,7 +13,9 @@ from base.errors import BadArgument, UserError
 log = logging.getLogger("sdsen")
 
 
-class Parser(argparse.ArgumentParser):  # raises BadArgument, takes no abbreviations
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises BadArgument and takes no abbreviations."""
+
     def __init__(self, **keywords: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
 

@@ -87,9 +87,8 @@ def _hard(size: Size, shape: Shape, rng: Generator) -> np.ndarray:
     count = rng.poisson(-log1p(-coverage) * rows * width * FINE / (length * fine))
     lines = np.zeros((rows, width * FINE), np.uint8)
     lines.reshape(-1)[rng.integers(0, lines.size, count)] = rng.integers(140, 256, count, dtype=np.uint8)
-    # Sums of bytes saturate at 255, which limits the set's brightness.
     lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
-    lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)
+    lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)  # saturates at 255, which limits the brightness
     return cv2.resize(lines, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
 
 
