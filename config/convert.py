@@ -2,8 +2,8 @@
 
     python config/convert.py rain800 ~/Downloads/rain800 --data_dir data/rain800
 
-Exit status: 0 all converted; 1 some files left out, all named in data_dir/convert_report.txt; 2 nothing done, with one
-line that says why. A second run skips what exists and completes an interrupted one.
+Exit status: 0 all converted; 1 some files left out, named in data_dir/convert_report.txt; 2 nothing done. A second run
+completes an interrupted one.
 """
 
 import argparse
@@ -15,16 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from base.console import Parser, in_terminal, log, run_script, set_up_log
-from base.errors import BadArgument, MissingFile, Occupied, UserError
+from base.errors import MissingFile, Occupied, UserError
 from base.files import ROOT, write_bytes
-from base.images import list_images, read_image, read_pair, to_bgr8, write_image
+from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8, write_image
 from datasets import layouts
-from datasets.backgrounds import shared_backgrounds, thumbnail
 from datasets.layouts import LAYOUTS, Found, Pair, rain_side, read_download
 
 SPLITS = ("train", "val", "test")
 SHARED = "validation backgrounds that are also trained on"
-SHOWN = 10  # lines of a kind on the screen; the report holds all
 
 Report = dict[str, list[str]]  # lines by title
 Thumbnails = dict[str, dict[str, np.ndarray]]  # of clean halves: {split: {"split/file": (1024,)}}
@@ -43,12 +41,10 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
             found |= images
     pairs = {}
     for split, images in found.items():
-        if options.set in LAYOUTS and LAYOUTS[options.set].joined:
-            side, clear = options.clean_side, True
-            if not side:
-                side, clear = layouts.find_clean_side([image.path for image in images])
-            log.info(f"{split}: clean background on the {side}")
-            if not clear:
+        if LAYOUTS[options.set].joined:
+            given = options.clean_side
+            side, is_clear = (given, True) if given else layouts.find_clean_side([image.path for image in images])
+            if not is_clear:
                 report["warnings"].append(f"{split}: the clean side is a guess: look at the result, or --clean_side")
             pairs[split] = [Pair(i.path, None, i.parts, i.path.stem, clean_left=side == "left") for i in images]
         else:
@@ -56,8 +52,7 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
             report["left out"] += left_out
         layouts.make_names_unique(pairs[split])
     if not any(pairs.values()):
-        reasons = report["left out"] + report["ignored"]
-        raise MissingFile(f"no pairs found{f'; the first reason: {reasons[0]}' if reasons else ''}")
+        raise MissingFile("; ".join(["no pairs found", *report["left out"][:1], *report["ignored"][:1]]))
     if "train" in pairs:
         chosen = layouts.choose_validation(pairs["train"], options.val, options.seed)
         pairs["val"] = [pair for pair in pairs["train"] if pair.name in chosen]
@@ -66,63 +61,52 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
 
 
 def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) -> Thumbnails:
-    """Write the pairs of each split; returns the thumbnails of their clean halves.
-
-    A pair that cannot be read is left out. Raises Occupied where `data_dir` holds something else, MissingFile where no
-    pair can be read.
-    """
+    """Write the pairs of each split, except those that cannot be read; returns the thumbnails of their clean halves."""
     todo = []
     for split, pair in ((split, pair) for split, group in pairs.items() for pair in group):
         suffix = pair.rainy.suffix.lower().replace("jpeg", "jpg")
         copied = pair.clean is None and pair.clean_left and suffix in (".jpg", ".png")
         todo.append((split, pair, data_dir / split / f"{pair.name}{suffix if copied else '.png'}", copied))
     planned = {target for _, _, target, _ in todo}
-    for path in (path for split in pairs for path in list_split(data_dir, split)):
+    for path in (path for split in pairs for path in list_images(data_dir / split)):
         if path not in planned:
             raise Occupied(f"{path} does not come from these files and options: choose another --data_dir")
 
-    thumbs, written = defaultdict(dict), 0
-    for split, pair, target, copied in tqdm(todo, unit="pair", disable=not in_terminal(), leave=False):
+    thumbs = defaultdict(dict)
+    bar = tqdm(todo, unit="pair", disable=not in_terminal(), leave=False)
+    for done, (split, pair, target, copied) in enumerate(bar):
+        if bar.disable and done % max(1, len(todo) // 10) == 0:
+            log.info(f"{done} of {len(todo)} pairs")
         try:
             clean, rainy = read_download(pair)
         except UserError as error:
             report["left out"].append(str(error))
             continue
-        written += write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
+        write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
         thumbs[split][f"{split}/{target.name}"] = thumbnail(clean)
         if rain_side(clean, rainy) < 0:
             report["warnings"].append(f"{split}/{target.name}: clean and rainy look swapped ({pair.rainy})")
     if not thumbs:
         raise MissingFile(f"none of {len(todo)} pairs can be converted; the first: {report['left out'][0]}")
-    log.info(f"{written} pairs written, {sum(map(len, thumbs.values())) - written} existed")
     return thumbs
 
 
-def list_split(data_dir: Path, split: str) -> list[Path]:
-    """The pairs of a split that exist; none where its folder does not exist."""
-    return list_images(data_dir / split) if (data_dir / split).is_dir() else []
-
-
-def write_pair(target: Path, clean: np.ndarray, rainy: np.ndarray, data: bytes | None) -> bool:
-    """Write a pair, byte for byte from `data` if given; returns False where it exists.
-
-    Raises Occupied where another picture has that name; a damaged file is replaced.
-    """
+def write_pair(target: Path, clean: np.ndarray, rainy: np.ndarray, data: bytes | None) -> None:
+    """Write a pair, byte for byte from `data` if given, unless it exists. Raises Occupied if another picture does."""
     joined, existing = np.concatenate([clean, rainy], axis=1), None
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError):  # a damaged file is replaced
         existing = to_bgr8(read_image(target))
     if existing is None:
         write_image(target, joined) if data is None else write_bytes(target, data)
     elif not np.array_equal(existing, joined):
         raise Occupied(f"{target} is another picture: remove it or choose another --data_dir")
-    return existing is None
 
 
 def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
-    """Look for shared backgrounds, write convert_report.txt, show its start and the next command."""
+    """Look for shared backgrounds, write convert_report.txt and show the next command."""
     counts = ", ".join(f"{split} {len(thumbs[split])}" for split in SPLITS if split in thumbs)
     for split in set(SPLITS) - set(thumbs):  # `folders` converts train and test one after the other
-        for path in list_split(data_dir, split):
+        for path in list_images(data_dir / split):
             with contextlib.suppress(UserError):
                 thumbs[split][f"{split}/{path.name}"] = thumbnail(read_pair(path)[0])
     for name, same in shared_backgrounds(thumbs["test"], thumbs["train"] | thumbs["val"]).items():
@@ -131,22 +115,18 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
         report[SHARED].append(f"{name}: {', '.join(same)}")
     text, path = [f"pairs: {counts}"], data_dir / "convert_report.txt"
     for title, lines in report.items():
-        section = [f"{title}: {len(lines)}", *(f"  {line}" for line in lines)]
-        text += ["", *section]
+        text += ["", f"{title}: {len(lines)}", *(f"  {line}" for line in lines)]
         if lines:
-            log.info("\n".join(section[: SHOWN + 1]))
-        if len(lines) > SHOWN:
-            log.info(f"  {len(lines) - SHOWN} more are named in {path}")
+            log.info(f"{title}: {len(lines)}, listed in {path}; the first: {lines[0]}")
     write_bytes(path, ("\n".join(text) + "\n").encode())
-    log.info(f"{data_dir}: {counts} pairs")
-    log.info(f"next: python config/main.py -a {'train' if thumbs['train'] else 'test'} --data_dir {data_dir}")
+    log.info(f"{counts} pairs; next: main.py -a {'train' if thumbs['train'] else 'test'} --data_dir {data_dir}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Read and check the command line. Raises UserError."""
     parser = Parser(description=__doc__)
-    sets = [*LAYOUTS, "folders"]
-    parser.add_argument("set", choices=sets, help="joined: any joined files; folders: any two folders, paired by name")
+    parser.add_argument(
+        "set", choices=LAYOUTS, help="joined: any joined files; folders: any two folders, paired by name"
+    )
     parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
     parser.add_argument("--train", type=Path, help="instead of SOURCE: the folder of the training pairs")
     parser.add_argument("--test", type=Path, help="instead of SOURCE: the folder of the test pairs")
@@ -160,17 +140,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     given = [name for name in ("source", "train", "test", "clean", "rainy") if getattr(options, name)]
     if options.set == "folders" and given != ["clean", "rainy"]:
-        raise BadArgument("folders needs --clean DIR and --rainy DIR (see convert.py --help)")
+        parser.error("folders needs --clean DIR and --rainy DIR")
     if options.set != "folders" and given not in (["source"], ["train"], ["test"], ["train", "test"]):
-        raise BadArgument(f"{options.set} needs SOURCE, or --train DIR and --test DIR (see convert.py --help)")
+        parser.error(f"{options.set} needs SOURCE, or --train DIR and --test DIR")
     if options.val < 0:
-        raise BadArgument(f"--val must be at least 0, got {options.val}")
+        parser.error(f"--val must be at least 0, got {options.val}")
     options.data_dir = (options.data_dir or ROOT / "data" / options.set).resolve()
     for path in (getattr(options, name) for name in given):
         if not path.is_dir():
             raise MissingFile(f"{path} is no folder{': unpack it first' if path.exists() else ''}")
         if path.resolve() == options.data_dir:
-            raise BadArgument(f"{path} is both the source and --data_dir: choose another --data_dir")
+            parser.error(f"{path} is both the source and --data_dir")
     return options
 
 

@@ -1,7 +1,4 @@
-"""Random crops for training, from stored pairs or with new synthetic rain; whole pairs for validation and test.
-
-A pair is one file: the clean background `B` in the left half, the rainy image `O` in the right half, in BGR order.
-"""
+"""Random crops for training, from stored pairs or with new synthetic rain; whole pairs for validation and test."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +13,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from base.console import in_terminal, log
-from base.errors import BadArgument, Mismatch, MissingFile
+from base.errors import BadArgument, Mismatch
 from base.files import ROOT
-from base.images import list_images, read_image, read_pair, to_bgr8
+from base.images import list_pairs, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
 from datasets import builtin
-from datasets.backgrounds import shared_backgrounds, thumbnail
 from settings import Settings
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES
@@ -41,72 +37,38 @@ def data_path(settings: Settings) -> Path:
     return folder
 
 
-def list_pairs(folder: Path) -> list[Path]:
-    """The files of the pairs in a folder. Raises MissingFile if the folder is missing or empty."""
-    return _list_images(folder, "a data set has folders train, val and test of joined pairs; convert.py makes them")
-
-
-def list_clean(folder: Path) -> list[Path]:
-    """The files in a folder of clean images. Raises MissingFile if the folder is missing or empty."""
-    return _list_images(folder, "clean_dir is a folder of clean images")
-
-
-def _list_images(folder: Path, advice: str) -> list[Path]:
-    if not folder.is_dir():
-        raise MissingFile(f"{folder} does not exist: {advice}")
-    paths = list_images(folder)
-    if not paths:
-        raise MissingFile(f"{folder} contains no images: {advice}")
-    return paths
-
-
 class CropDataset(Dataset):
     """Random crops (O, B) of stored pairs or, with setting `rain`, of clean images with new synthetic rain.
 
-    Item i is sample i of the whole training, a function of (seed, step, position in the batch). Each epoch has its own
-    order of the images.
-
-    The pairs are in `folder`. With `rain`, only their clean halves are used, or the images of `clean_dir` instead.
-    Pairs in the folders `more_data` are added as stored. Images whose background is in a folder of `exclude` are left
-    out. With `read_labels`, each item has labels as well.
-
-    Reads every file once. Raises UserError if one is not a pair or smaller than the patch, or if none is left.
+    Item i is sample i of the whole training, a function of (seed, step, position in the batch). The pairs are in
+    `folder`; with `rain`, only their clean halves are used. Pairs of `more_data` are added as stored. Reads every file
+    once. Raises UserError if one is not a pair or smaller than the patch, or if none is left.
     """
 
     def __init__(self, folder: Path, settings: Settings, read_labels: LabelReader | None = None):
         self.settings, self.read_labels = settings, read_labels
-        first = list_clean(Path(settings.clean_dir)) if settings.clean_dir else list_pairs(folder)
-        self.paths = first + [path for more in settings.more_data for path in list_pairs(Path(more))]
-        self.synthetic = set(first if settings.rain else ())
+        first = Path(settings.clean_dir or folder)
+        self.paths = [path for each in (first, *settings.more_data) for path in list_pairs(Path(each))]
+        self.synthetic = {path for path in self.paths if settings.rain and path.parent == first}
         self.kept: dict[Path, Images] = {}
-        excluded = {
-            str(path): thumbnail(read_pair(path)[0]) for other in settings.exclude for path in list_pairs(Path(other))
-        }
+        others = [path for each in settings.exclude for path in list_pairs(Path(each))]
+        excluded, thumbs = {str(path): thumbnail(read_pair(path)[0]) for path in others}, {}
         free = settings.cache_gib * 2**30
-        thumbs = {}
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
-            everything = pool.map(self._read, self.paths)
-            bar = tqdm(everything, "first scan", len(self.paths), disable=not in_terminal(), leave=False)
-            for path, images in zip(self.paths, bar, strict=True):
+            images_of = pool.map(self._read, self.paths)
+            bar = tqdm(self.paths, "first scan", disable=not in_terminal(), leave=False)
+            for path, images in zip(bar, images_of, strict=True):
                 if excluded:
                     thumbs[path] = thumbnail(images[0])
                 free -= sum(image.nbytes for image in images)
                 if free >= 0:
                     self.kept[path] = images
-        if excluded:
-            self._leave_out(set(shared_backgrounds(thumbs, excluded)))
-        own = len(set(first).intersection(self.paths))
-        what = f"clean images for synthetic rain ({settings.rain})" if settings.rain else "training pairs"
-        more = f", {len(self.paths) - own} pairs from {' and '.join(settings.more_data)}" if settings.more_data else ""
-        log.info(f"{own} {what} from {first[0].parent}{more}; {len(self.kept)} kept in memory")
-
-    def _leave_out(self, paths: set[Path]) -> None:
-        self.paths = [path for path in self.paths if path not in paths]
-        self.kept = {path: images for path, images in self.kept.items() if path not in paths}
-        excluded = " and ".join(self.settings.exclude)
+        shared = shared_backgrounds(thumbs, excluded)
+        self.paths = [path for path in self.paths if path not in shared]
         if not self.paths:
-            raise BadArgument(f"no training images are left: {excluded} shows the backgrounds of all {len(paths)}")
-        log.info(f"left out {len(paths)} training images whose backgrounds are in {excluded}")
+            raise BadArgument("exclude shows the backgrounds of all training images")
+        self.kept = {path: self.kept[path] for path in self.paths if path in self.kept}
+        log.info(f"{len(self.paths)} training images, {len(self.kept)} kept in memory, {len(shared)} excluded")
 
     def _read(self, path: Path) -> Images:
         """(B, O) of a stored pair, or (B,) for synthetic rain; followed by the labels, if any."""
@@ -139,10 +101,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Generator) -> Images:
-    """The same random crop (patch, patch, 3) of all images, augmented as `aug_data` says.
-
-    A rotated crop lies inside the image, so that it contains no padding.
-    """
+    """The same random crop (patch, patch, 3) of all images, augmented as `aug_data` says, and without padding."""
     height, width = images[0].shape[:2]
     if aug_data == "rotate":
         return _rotated_crop(images, patch, rng)
@@ -159,7 +118,6 @@ def random_crop(images: Images, patch: int, aug_data: str, rng: np.random.Genera
 
 
 def _rotated_crop(images: Images, patch: int, rng: np.random.Generator, scale: float = 1.0) -> Images:
-    """A crop of the images rotated by up to ANGLE degrees and enlarged by `scale`; only its pixels are computed."""
     height, width = images[0].shape[:2]
     angle = np.deg2rad(rng.uniform(-ANGLE, ANGLE))
     reach = _reach(angle, patch) / scale

@@ -1,5 +1,6 @@
 """The papers' rows as short differences from the defaults of settings.py, which are S-DSEN's with eight stages."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -21,14 +22,11 @@ _PHP = {  # section III-D
 }
 
 
-def _coarse2fine(row: str, **differences: Any) -> Preset:
-    return Preset(f"coarse-to-fine: {row}", {**_COARSE2FINE, **differences})
+def _of(paper: str, defaults: dict[str, Any], row: str, **differences: Any) -> Preset:
+    return Preset(f"{paper}: {row}", {**defaults, **differences})
 
 
-def _php(row: str, **differences: Any) -> Preset:
-    return Preset(f"intensity-aware: {row}", {**_PHP, **differences})
-
-
+_coarse2fine, _php = partial(_of, "coarse-to-fine", _COARSE2FINE), partial(_of, "intensity-aware", _PHP)
 PRESETS = {
     "dsen": Preset("DSEN, tables 1 and 2", _DSEN),
     "dsen_maxpool": Preset("DSEN_maxpool, table 2", {**_DSEN, "aggregation": "max"}),

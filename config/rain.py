@@ -4,60 +4,46 @@ python config/rain.py draw CLEAN PAIRS --style rain100h --count 5   writes joine
 python config/rain.py compare PAIRS --style rain100h                compares synthetic rain with real pairs, in figures
 """
 
+import argparse
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from base.console import Parser, log, run_script, set_up_log
-from base.errors import BadArgument, MissingFile, Occupied
+from base.errors import BadArgument, Occupied
 from base.files import write_bytes
-from base.images import list_images, read_image, read_pair, to_bgr8, write_image
+from base.images import list_pairs, read_image, read_pair, to_bgr8, write_image
 from synthesis.measure import comparison
 from synthesis.streaks import add_rain, picture_generator
 from synthesis.styles import STYLES, IntensityRain
 
 
-def draw(source: Path, target: Path, name: str, count: int, seed: int, pairs: bool = False) -> int:
-    """Write `count` joined pairs for each clean image of `source`, B left and O right; returns how many were written.
-
-    With `pairs`, `source` holds joined pairs, whose clean halves are taken. `drawn.txt` in `target` records the style;
-    `drawn.csv` each picture's direction and radius, if the style chooses these. A second call writes the same files.
-    Raises BadArgument where two images have the same name, Occupied where `target` is the folder of the clean images.
-    """
-    style, chosen = STYLES[name], []
-    paths = list_filled(source)
-    if target.resolve() == (source if source.is_dir() else source.parent).resolve():
+def draw(options: argparse.Namespace) -> int:
+    """Write joined pairs, B left and O right; returns how many. A second call writes the same files."""
+    style, target, chosen, paths = STYLES[options.style], options.target, [], list_pairs(options.source)
+    if target.resolve() in (path.resolve() for path in (options.source, paths[0].parent)):
         raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")
     stem, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
-        raise BadArgument(f"{source} holds {times} images called {stem}: rename them, their pairs would share a name")
+        raise BadArgument(f"{times} images are called {stem}: rename them, their pairs would share a name")
     for path in paths:
-        clean = read_pair(path)[0] if pairs else to_bgr8(read_image(path))
-        for number in range(count):
-            file = target / f"{path.stem}_x{number + 1}.png"
-            rainy = add_rain(clean, style, picture_generator(seed, path.stem, number))
-            write_image(file, np.hstack([clean, rainy]))
+        clean = read_pair(path)[0] if options.pairs else to_bgr8(read_image(path))
+        for number in range(options.count):
+            name = f"{path.stem}_x{number + 1}.png"
+            rainy = add_rain(clean, style, picture_generator(options.seed, path.stem, number))
+            write_image(target / name, np.hstack([clean, rainy]))
             if isinstance(style, IntensityRain):
-                angle, radius = style.choose(picture_generator(seed, path.stem, number))
-                chosen.append(f"{file.name},{angle:g},{radius:g}\n")
+                angle, radius = style.choose(picture_generator(options.seed, path.stem, number))
+                chosen.append(f"{name},{angle:g},{radius:g}\n")
     if chosen:
         write_bytes(target / "drawn.csv", "".join(["image,degrees,radius\n", *chosen]).encode())
-    text = f"synthetic rain: {name}, {count} on each of {len(paths)} images, seed {seed}\n"
-    write_bytes(target / "drawn.txt", text.encode())
-    return len(paths) * count
-
-
-def list_filled(source: Path) -> list[Path]:
-    """The images of a folder, or `source` itself. Raises MissingFile where the folder holds none."""
-    paths = list_images(source) if source.is_dir() else [source]
-    if not paths:
-        raise MissingFile(f"{source} holds no images: give a folder of images, or one image")
-    return paths
+    note = f"synthetic rain: {options.style}, {options.count} on each of {len(paths)} images, seed {options.seed}\n"
+    write_bytes(target / "drawn.txt", note.encode())
+    return len(paths) * options.count
 
 
 def main(arguments: list[str]) -> None:
-    """The command line: `draw` and `compare`."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="write joined pairs (B left, O right) of clean images")
@@ -75,10 +61,9 @@ def main(arguments: list[str]) -> None:
         raise BadArgument("--count must be at least 1 and --seed at least 0")
     set_up_log()
     if options.command == "draw":
-        written = draw(options.source, options.target, options.style, options.count, options.seed, options.pairs)
-        log.info("%d pairs with %s rain are in %s", written, options.style, options.target)
+        log.info(f"{draw(options)} pairs with {options.style} rain are in {options.target}")
     else:
-        log.info(comparison(list_filled(options.source), options.style, options.count, options.seed))
+        log.info(comparison(list_pairs(options.source), options.style, options.count, options.seed))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """All settings: one dataclass, the checks of one against another, and how checkpoints store them.
 
-The defaults are the paper's S-DSEN. A preset (presets.py) changes a few of them, the command line (`--name value`)
-changes any. A relative path in this file or in a preset starts at the repository, one that is typed on the command line
-at the caller's working directory.
+The defaults are the paper's S-DSEN; presets and the command line (`--name value`) change them. Relative paths here and
+in presets start at the repository, those of a command line at the caller's working directory.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import presets
 from base import options
-from base.console import Parser
 from base.errors import BadArgument
 from base.files import ROOT
 from base.options import option
@@ -31,19 +30,14 @@ _run = partial(option, group="Files and devices")
 
 @dataclass(frozen=True)
 class Settings(Coarse2FineSettings, PHPSettings):
-    # The network: see model.DSEN, coarse2fine.Coarse2Fine and php.PHP.
     network: str = _network("dsen", "architecture", choices=("dsen", "coarse2fine", "php"))
     channel: int = _network(10, "regular channels per layer (paper: 10 in DSEN, 20 in the CNN)", minimum=2)
     depth: int = _network(7, "layers, of which depth - 3 are residual (paper: 7)", minimum=1)
     stage_num: int = _network(8, "stages, which share their weights (paper: 1, 2, 4, 6 and 8)", minimum=1)
     group: str = _network("p4", "symmetry of the convolutions; z2: ordinary convolutions", choices=("p4", "z2"))
-    aggregation: str = _network(
-        "conv", "how orientations are merged: 5x5 convolution or pooling", choices=("conv", "max", "mean")
-    )
+    aggregation: str = _network("conv", "merges the orientations: 5x5 convolution or pooling", choices=("max", "mean"))
     use_se: bool = _network(True, "squeeze-and-excitation after the aggregation (paper: true)")
-    link: str = _network(
-        "concat", "link between stages: concat (self-refining), add (SC) or none", choices=("concat", "add", "none")
-    )
+    link: str = _network("concat", "between stages: concat (self-refining), add (SC) or none", choices=("add", "none"))
 
     data_dir: str = _data("", "folder with train, val and test; empty: the built-in set", path=True)
     rain: str = _data("", "style of synthetic rain, new for each crop; empty: the rain of the pairs", choices=[*STYLES])
@@ -52,24 +46,19 @@ class Settings(Coarse2FineSettings, PHPSettings):
     exclude: tuple[str, ...] = _data((), "folders of pairs, e.g. test sets, whose backgrounds to leave out", path=True)
     aug_data: str = _data(
         "none",
-        "augmentation: rotate by up to 30 degrees (paper: DA), quarter_turns (paper: C4DA), flip, or scale (rotate, "
-        "flip, and resize by 0.7 to 1.4)",
-        choices=("none", "rotate", "quarter_turns", "flip", "scale"),
+        "rotate by up to 30 degrees (paper: DA), quarter_turns (paper: C4DA), flip, or scale: rotate, flip, resize",
+        choices=("rotate", "quarter_turns", "flip", "scale"),
     )
     patch_size: int = _data(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = _data(64, "crops per step (paper: 64)", minimum=1)
-    num_workers: int = _data(
-        -1, "processes that prepare crops; 0: a thread; -1: as the device needs it", minimum=-1, usual=False
-    )
+    num_workers: int = _data(-1, "processes that prepare crops; 0: a thread; -1: auto", minimum=-1, usual=False)
     cache_gib: float = _data(16.0, "memory for decoded training images, GiB", minimum=0, usual=False)
 
     steps: int = _training(20000, "training steps (paper: learning rate falls at 15000 and 17500)", minimum=1)
     epochs: int = _advanced(0, "training epochs, which milestones then count as well; 0: steps", minimum=0)
     optimizer: str = _advanced("adam", "adam (paper) or soap (requirements-soap.txt)", choices=("adam", "soap"))
     lr: float = _training(5e-4, "initial learning rate (paper: 5e-4)", minimum=0)
-    schedule: str = _training(
-        "steps", "learning-rate schedule: steps (divide by 10 at each milestone) or cosine", choices=("steps", "cosine")
-    )
+    schedule: str = _training("steps", "of lr: steps (divide by 10 at each milestone) or cosine", choices=("cosine",))
     milestones: tuple[int, ...] = _training((15000, 17500), "steps at which lr is divided by 10 (paper: 15000 17500)")
     warmup: int = _advanced(0, "steps of linear warm-up to lr (paper: 0)", minimum=0)
     clip_norm: float = _advanced(0.0, "largest gradient norm; 0: no clipping (paper)", minimum=0)
@@ -83,12 +72,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     accumulate: int = _training(1, "parts of a batch, one after another: same gradients, less memory", minimum=1)
     checkpoint_activations: bool = _advanced(False, "recompute activations for the gradients: less memory, more time")
     compile: str = _advanced("auto", "torch.compile; auto: long trainings on a CUDA GPU", choices=("on", "off"))
-    cuda_graphs: str = _advanced(
-        "auto",
-        "replay training steps, and images of one size, as CUDA graphs; auto: on CUDA GPUs, in training not with "
-        "several processes, accumulate or checkpoint_activations",
-        choices=("on", "off"),
-    )
+    cuda_graphs: str = _advanced("auto", "replay steps, and images of one size, as CUDA graphs", choices=("on", "off"))
     seed: int = _training(0, "seed of the initial weights, the crops and their rain", minimum=0)
     val_images: int = _advanced(10, "validation pairs, spread over val; 0: all", minimum=0)
     log_steps: int = _advanced(50, "steps between log lines and points of the curves", minimum=1)
@@ -101,10 +85,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     show_dir: str = _run("showdir", "folder of the restored images and the gallery", path=True)
     device: str = _run("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = _run(
-        "auto",
-        "compute precision; auto: on CUDA GPUs bf16 in training (Ampere or newer), fp16 in test and show (Volta or "
-        "newer), else float32; fp16 can't train",
-        choices=("float32", "bf16", "fp16"),
+        "auto", "auto: CUDA GPUs train in bf16, test in fp16; else float32", choices=("float32", "bf16", "fp16")
     )
     memory_gib: float = _run(0.0, "memory for restoring an image, GiB; 0: what is free (CPU)", minimum=0)
     mirror: bool = _run(False, "average with the restored mirror image: twice the time, a little better")
@@ -121,6 +102,8 @@ class Settings(Coarse2FineSettings, PHPSettings):
 
 FIELDS = options.read_options(Settings)
 NETWORK_FIELDS = [name for name, field in FIELDS.items() if field.group.startswith("Network")]  # what fixes the network
+read_overrides = partial(options.read_words, FIELDS)  # settings of a command line, `--name value`
+make_parser = partial(options.make_parser, FIELDS)  # whose help lists the settings
 
 
 def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
@@ -134,34 +117,25 @@ def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> S
 def override(settings: Settings, overrides: dict[str, Any]) -> Settings:
     """A copy of `settings` with some values changed, checked. Raises BadArgument as `resolve` does."""
     for name, value in overrides.items():
-        options.check_name(FIELDS, name)
-        FIELDS[name].check(value)
-    settings = dataclasses.replace(settings, **overrides)
-    settings = dataclasses.replace(settings, **map_paths(settings, lambda path: str(ROOT / path)))
-    if settings.epochs and "steps" in overrides and "epochs" not in overrides:
-        raise BadArgument(f"training counts {settings.epochs} epochs: set --epochs, or --epochs 0 with --steps")
-    for message in _conflicts(settings):
-        raise BadArgument(message)
-    return settings
-
-
-def _conflicts(s: Settings) -> Iterator[str]:
-    if s.network == "dsen" and s.depth < 4:
-        yield f"depth must be at least 4 in DSEN, got {s.depth}"
-    if s.loss in FIELDS["network"].choices and s.loss != s.network:
-        yield f"loss {s.loss} is for network {s.loss}, not {s.network}"
-    if s.group == "z2" and s.aggregation != "conv":
-        yield "aggregation max and mean pool orientations, which group z2 does not have"
-    if s.clean_dir and not s.rain:
-        yield "clean_dir needs a style of synthetic rain: --rain"
-    if s.loss.startswith("ssim") and s.patch_size < 11:
-        yield f"loss {s.loss} needs patch_size 11 or more, the window of SSIM, got {s.patch_size}"
-    if list(s.milestones) != sorted({*s.milestones} - {0}):
-        yield f"milestones must be rising steps from 1 on, got {s.milestones}"
-    if s.average >= 1:
-        yield f"average must be below 1, such as 0.999, got {s.average}"
-    if s.run in (".", "..") or set(s.run) & set("/\\"):
-        yield f"run is the name of a folder, without slashes, got {s.run!r}"
+        options.find(FIELDS, name).check(value)
+    s = dataclasses.replace(settings, **overrides)
+    s = dataclasses.replace(s, **map_paths(s, lambda path: str(ROOT / path)))
+    counts = {"steps", "epochs"} & {*overrides}
+    conflicts = {
+        "training counts epochs: set --epochs, or --epochs 0 with --steps": s.epochs and counts == {"steps"},
+        f"depth must be at least 4 in DSEN, got {s.depth}": s.network == "dsen" and s.depth < 4,
+        f"loss {s.loss} is not for network {s.network}": s.loss in ("coarse2fine", "php") and s.loss != s.network,
+        "aggregation max and mean pool orientations: not group z2": s.group == "z2" and s.aggregation != "conv",
+        "clean_dir needs a style of synthetic rain: --rain": s.clean_dir and not s.rain,
+        f"loss {s.loss} needs patch_size 11 or more": s.loss.startswith("ssim") and s.patch_size < 11,
+        f"milestones must rise, got {s.milestones}": list(s.milestones) != sorted({*s.milestones} - {0}),
+        f"average must be below 1, such as 0.999, got {s.average}": s.average >= 1,
+        f"run is a folder's name, got {s.run!r}": s.run in (".", "..") or set(s.run) & set("/\\"),
+    }
+    for message, is_conflict in conflicts.items():
+        if is_conflict:
+            raise BadArgument(message)
+    return s
 
 
 def map_paths(settings: Settings, function: Callable[[str], str]) -> dict[str, Any]:
@@ -175,11 +149,8 @@ def map_paths(settings: Settings, function: Callable[[str], str]) -> dict[str, A
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """The settings as a checkpoint stores them: paths in the repository are relative to it, so that it can move."""
-
-    def in_root(path: str) -> str:
-        return Path(path).relative_to(ROOT).as_posix() if Path(path).is_relative_to(ROOT) else path
-
-    return {**dataclasses.asdict(settings), **map_paths(settings, in_root)}
+    paths = map_paths(settings, lambda path: path.removeprefix(f"{ROOT}{os.sep}"))
+    return {**dataclasses.asdict(settings), **paths}
 
 
 def from_dict(values: dict[str, Any]) -> Settings:
@@ -196,13 +167,3 @@ def from_dict(values: dict[str, Any]) -> Settings:
 def describe_settings(settings: Settings) -> str:
     """The settings as lines of `name = value`."""
     return "\n".join(f"  {name} = {options.as_text(getattr(settings, name))}" for name in FIELDS)
-
-
-def read_overrides(words: list[str]) -> dict[str, Any]:
-    """The settings that a command line gives as `--name value`. Raises BadArgument."""
-    return options.read_words(FIELDS, words)
-
-
-def make_parser(description: str) -> Parser:
-    """An argument parser whose help lists the settings; they themselves are read by `read_overrides`."""
-    return options.make_parser(FIELDS, description)

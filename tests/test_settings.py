@@ -121,7 +121,7 @@ def test_values_that_are_refused(values):
     ("wrong", "nearest"),
     [
         (lambda: read_overrides(["--chanel", "3"]), "--channel"),
-        (lambda: override(Settings(), {"chanel": 3}), "channel"),
+        (lambda: override(Settings(), {"chanel": 3}), "--channel"),
         (lambda: override(Settings(), {"link": "concatenate"}), "concat"),
         (lambda: resolve("sdsen_s3"), "sdsen_s"),
     ],

@@ -24,14 +24,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def set_up_log(level: str = "info") -> None:
-    """Print the program's log on standard output from `level` up ("debug", "info", "warning" or "error").
-
-    Of several ranks, the first prints everything, the others only warnings and errors.
-    """
+    """Print the program's log on standard output from `level` up; of ranks after the first only from warnings up."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
-    if _rank_prefix():
-        handler.setLevel(logging.WARNING)
+    handler.setLevel(logging.WARNING if _rank_prefix() else logging.DEBUG)
     log.handlers = [handler]
     log.propagate = False
     logging.raiseExceptions = False  # else a log file on a full disk prints a traceback per line
@@ -52,17 +48,18 @@ def _rank_prefix() -> str:
 class Interrupt:
     """Within this, Ctrl-C and SIGTERM only set `requested`, so that the caller can finish its work first."""
 
+    requested = False
+
     def __enter__(self) -> "Interrupt":
-        self.requested = False
-        self.old = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
+        self.old = {stop: signal.signal(stop, self._request) for stop in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _request(self, *_: object) -> None:
         self.requested = True
 
     def __exit__(self, *_: object) -> None:
-        for name, handler in self.old.items():
-            signal.signal(name, handler)
+        for stop, handler in self.old.items():
+            signal.signal(stop, handler)
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:

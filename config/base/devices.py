@@ -1,4 +1,4 @@
-"""Choice of the device and of the compute precision; errors of full memory."""
+"""The device and the compute precision; errors of full memory."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,13 +12,9 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of setting `device`; "auto" is the first available of cuda, mps and cpu. Raises BadArgument.
-
-    A CUDA device gets an index and becomes the current device of the process; several processes on one machine get one
-    each. TF32 is turned off: float32 convolutions would round their inputs to 10 bits.
-    """
-    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    available = [*(kind for kind, backend in backends.items() if backend.is_available()), "cpu"]
+    """The device of setting `device`; a CUDA device becomes the current one, each process's own. Raises BadArgument."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in kinds if kinds[kind]]
     try:
         device = torch.device(available[0] if name == "auto" else name)
     except RuntimeError:
@@ -27,39 +23,33 @@ def pick_device(name: str) -> torch.device:
         raise BadArgument(f"device {name!r} is not available here; PyTorch finds {', '.join(available)}")
     if device.type != "cuda":
         return device
+    number, count = ranks.local()
+    if count > 1 and device.index is not None:
+        raise BadArgument(f"{count} processes can't share {name}: --device cuda gives each its own")
     index = device.index
-    if ranks.local_count() > 1:
-        if index is not None:
-            raise BadArgument(f"{ranks.local_count()} processes can't share {name}: --device cuda gives each its own")
-        index = ranks.local()
-    elif index is None:
-        index = torch.cuda.current_device()
+    if index is None:
+        index = number if count > 1 else torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise BadArgument(f"cuda:{index} does not exist: PyTorch finds {torch.cuda.device_count()}, from cuda:0 on")
     torch.cuda.set_device(index)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # which would round the inputs of float32 convolutions to 10 bits
     return torch.device("cuda", index)
 
 
 def describe(device: torch.device) -> str:
     """The device in words: the GPU's name, or the CPU and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
+    words = {"cpu": f"cpu, {torch.get_num_threads()} thread(s)", "mps": "mps"}
+    return words.get(device.type) or torch.cuda.get_device_name(device)
 
 
 def compute_dtype(precision: str, device: torch.device, training: bool = False) -> torch.dtype:
-    """The type that convolutions compute in: that of setting `precision`, or for "auto" the fastest accurate one.
-
-    On CUDA GPUs with tensor cores this is float16 for inference, and bfloat16 in training (Ampere and newer), because
-    gradients need its range. Elsewhere it is float32.
-    """
+    """The type that convolutions compute in: that of setting `precision`, or for "auto" the fastest accurate one."""
     if precision != "auto":
         return PRECISIONS[precision]
     capability = (0, 0)
     if device.type == "cuda" and "GTX 16" not in torch.cuda.get_device_name(device):  # no tensor cores
         capability = torch.cuda.get_device_capability(device)
-    if training:
+    if training:  # gradients need the range of bfloat16
         return torch.bfloat16 if capability >= (8, 0) else torch.float32
     return torch.float16 if capability >= (7, 0) else torch.float32
 
@@ -82,7 +72,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this error of PyTorch means that memory is full; there is no common class."""
+    """Whether this error means that memory is full: PyTorch's errors have no common class."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
 

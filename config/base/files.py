@@ -7,19 +7,11 @@ from typing import IO, Any
 
 from base.errors import NotWritable
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 ROOT = Path(__file__).resolve().parents[2]  # the repository
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all: under a temporary name beside `path`, synced, then renamed.
-
-    Makes the folder if it is missing. Raises NotWritable.
-    """
+    """Write a file, whole or not at all, in a folder that is made if it is missing. Raises NotWritable."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,16 +31,13 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def lock(file: IO) -> bool:
-    """Lock an open file until it is closed; False if another process has locked it.
-
-    Always True where there are no locks (Windows, some file systems).
-    """
-    if fcntl is None:
-        return True
+    """Lock an open file until it is closed; False if another process has locked it."""
     try:
+        import fcntl
+
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
+    except (ImportError, OSError):  # no locks: Windows, some file systems
         pass
     return True

@@ -1,8 +1,4 @@
-"""Options: the fields of a dataclass, the values they may take, how a command line sets them, and their help.
-
-A field is declared as `steps: int = option(20000, "training steps", group="Training", minimum=1)`. A value is a bool,
-int, float or str, or a tuple of these.
-"""
+"""Options: fields of a dataclass that a command line sets: bool, int, float, str or a tuple of these."""
 
 import argparse
 import dataclasses
@@ -19,7 +15,7 @@ from base.console import Parser
 from base.errors import BadArgument
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-VALUES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "words"}
+VALUES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 WIDTH, INDENT = 100, 25  # of the help, columns
 
 
@@ -42,16 +38,11 @@ class Option:
     usual: bool = True  # whether `-h` shows it; `-h all` shows all
 
     def parse(self, words: list[str]) -> Any:
-        """The value that words of a command line give. Raises BadArgument."""
         try:
             values = tuple(self._convert(word) for word in words if word or not self.several)
         except (ValueError, KeyError):
             raise self._wrong_type(" ".join(words)) from None
-        if self.several:
-            return self.check(values)
-        if len(values) != 1:
-            raise self._wrong_type(" ".join(words) or "nothing")
-        return self.check(values[0])
+        return self.check(values if self.several or len(values) != 1 else values[0])
 
     def _convert(self, word: str) -> Any:
         if self.path:  # relative to the caller's working directory
@@ -59,14 +50,13 @@ class Option:
         return BOOLEANS[word.lower()] if self.kind is bool else self.kind(word)
 
     def check(self, value: Any) -> Any:
-        """Returns `value`. Raises BadArgument if the option can't have it."""
+        """Return `value`. Raises BadArgument if the option can't have it."""
         kinds = (int, float) if self.kind is float else (self.kind,)
-        if self.several != isinstance(value, tuple):
-            raise self._wrong_type(value)
-        if any(type(item) not in kinds for item in (value if self.several else (value,))):
+        values = value if self.several else (value,)
+        if not isinstance(values, tuple) or any(type(item) not in kinds for item in values):
             raise self._wrong_type(value)
         if not self.has_choice(value):
-            raise BadArgument(f"{self.name} can't be {value!r}{nearest(value, self.choices)}")
+            raise BadArgument(f"{self.name} can't be {value!r}{nearest(value, [self.default, *self.choices])}")
         if self.minimum is not None and not self.minimum <= value < float("inf"):
             raise BadArgument(f"{self.name} must be at least {self.minimum}, got {value}")
         return value
@@ -75,14 +65,13 @@ class Option:
         return not self.choices or value in (self.default, *self.choices)
 
     def _wrong_type(self, value: Any) -> BadArgument:
-        what = "paths" if self.path else VALUES[self.kind]
-        return BadArgument(f"{self.name} takes {what if self.several else what.removesuffix('s')}, got {value!r}")
+        what = "a path" if self.path else VALUES[self.kind]
+        return BadArgument(f"{self.name} takes {what}{' or several' if self.several else ''}, got {value!r}")
 
     def help(self) -> str:
-        default = as_text(self.default) or "''"
-        head = f"  --{self.name} {default}"
-        choices = dict.fromkeys(filter(None, (self.default, *self.choices))) if self.choices else ()
-        text = self.text + (f" [{', '.join(choices)}]" if choices else "")
+        head = f"  --{self.name} " + (as_text(self.default) or "''")
+        choices = dict.fromkeys(filter(None, (self.default, *self.choices)))
+        text = f"{self.text} [{', '.join(choices)}]" if self.choices else self.text
         return textwrap.fill(text, WIDTH, initial_indent=f"{head:{INDENT - 2}}  ", subsequent_indent=" " * INDENT)
 
 
@@ -97,35 +86,30 @@ def read_options(cls: type) -> dict[str, Option]:
 
 
 def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, Any]:
-    """Values by name from `--name value`, `--name=value` and `--name value value`; the last of a name counts.
-
-    Raises BadArgument for an unknown name or a value that is not possible.
-    """
+    """Values by name from `--name value`, `--name=value` and `--name value value`. Raises BadArgument."""
     values: dict[str, list[str]] = {}
-    name = ""
     for word in words:
         if word.startswith("--"):
             name, equals, rest = word[2:].partition("=")
             values[name] = [rest] if equals else []
-        elif not name:
+        elif not values:
             raise BadArgument(f"{word!r} belongs to no setting: settings are given as --name value")
         else:
             values[name].append(word)
-    for name in values:
-        check_name(options, name, "--")
-    return {name: options[name].parse(text) for name, text in values.items()}
+    return {name: find(options, name).parse(text) for name, text in values.items()}
 
 
-def check_name(options: dict[str, Option], name: str, prefix: str = "") -> None:
-    """Raises BadArgument, which names the nearest, if no option has this name."""
+def find(options: dict[str, Option], name: str) -> Option:
+    """The option of that name. Raises BadArgument, which names the nearest."""
     if name not in options:
-        raise BadArgument(f"unknown setting {prefix}{name}{nearest(name, options, prefix)}")
+        raise BadArgument(f"unknown setting --{name}{nearest(f'--{name}', [f'--{known}' for known in options])}")
+    return options[name]
 
 
-def nearest(word: Any, known: Iterable[str], prefix: str = "") -> str:
+def nearest(word: Any, known: Iterable[str]) -> str:
     """The end of an error about an unknown word: the nearest known one, or all of them."""
     close = difflib.get_close_matches(str(word), list(known), 1, 0.5)
-    return f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(prefix + n for n in known)}"
+    return f"; the nearest is {close[0]}" if close else f"; there are {', '.join(filter(None, known))}"
 
 
 def as_text(value: Any) -> str:

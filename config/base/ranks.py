@@ -1,8 +1,4 @@
-"""Ranks: the processes of torchrun, which share the work of one command, and how they communicate.
-
-Without torchrun there is one, rank 0, and every function here returns at once. The functions use gloo, on the CPU;
-DistributedDataParallel sends gradients through NCCL between CUDA GPUs.
-"""
+"""Ranks: the processes of torchrun, which share the work of one command. Without torchrun there is one, rank 0."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +18,7 @@ ENDED = "another process of this run has ended: see its messages for the reason"
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within this, the process is connected to the others that torchrun started, if it did.
-
-    Raises LostProcess if another one ends.
-    """
+    """Within this, the process is connected to the others of torchrun, if any. Raises LostProcess if one ends."""
     several = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     if not several or dist.is_initialized():
         yield
@@ -33,8 +26,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
-        # Wait for all ranks. Not by a barrier: it may use NCCL, which needs a GPU per rank even if all are on the CPU.
-        total([0.0])
+        total([0.0])  # waits for all; a barrier may use NCCL, which needs a GPU per rank even if all are on the CPU
     except RuntimeError as error:
         if is_lost(error):
             raise LostProcess(ENDED) from None
@@ -55,14 +47,9 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-def local() -> int:
-    """The rank on this machine."""
-    return int(os.environ["LOCAL_RANK"]) if count() > 1 else 0
-
-
-def local_count() -> int:
-    """The number of ranks on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+def local() -> tuple[int, int]:
+    """This rank's number on its machine, and how many ranks there are on it."""
+    return (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if count() > 1 else (0, 1)
 
 
 def is_first() -> bool:

@@ -3,13 +3,11 @@
 import importlib.util
 import os
 import shutil
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from base.console import log
 from base.errors import MissingFile, NotWritable, Occupied
 from base.images import read_image, to_bgr8, write_image
 from synthesis.streaks import add_rain
@@ -25,8 +23,7 @@ SPLIT = {
     "val": ["coffee.png"],
     "test": ["astronaut.png", "chelsea.png"],
 }
-# Light rain, so that a network shows within a minute of training what it learns. The ranges stay as they are: published
-# scores belong to these pairs.
+# Light rain, so that a network shows within a minute what it learns. Published scores belong to these ranges.
 HEAVY = RainStyle(
     angle=13,
     strength=(0.25, 0.5),
@@ -41,27 +38,21 @@ RENDERINGS = {"train": 6, "val": 3, "test": 3}  # per photograph, in the styles 
 
 
 def make_builtin(folder: Path) -> None:
-    """Make `folder` with train, val and test: joined PNG pairs, B left and O right.
+    """Make `folder` with train, val and test, if it does not exist: built under another name, then renamed.
 
-    Returns at once if the set exists. It is built under another name and renamed, so `folder` is never half made.
-    Raises MissingFile where scikit-image lacks a photograph, Occupied where `folder` holds something else, NotWritable
-    on a full disk.
+    Raises MissingFile without scikit-image, Occupied where `folder` holds something else, NotWritable on a full disk.
     """
     if _is_finished(folder):
         return
-    if folder.exists() and not (folder / MARKER).exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / MARKER).exists():
         raise Occupied(f"{folder} is not the built-in set: move it away or give another folder")
-    started = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this number
-        temporary.mkdir(parents=True)
         _write_pairs(temporary)
         (temporary / MARKER).write_text(VERSION)
         if not _is_finished(folder):  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)  # an older version
             os.replace(temporary, folder)
-            log.info("made the built-in set in %s (%.1f s)", folder, time.perf_counter() - started)
     except OSError as error:
         if not _is_finished(folder):
             raise NotWritable(f"{folder} cannot be written: {error.strerror}") from None
@@ -70,33 +61,21 @@ def make_builtin(folder: Path) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    try:
-        return (folder / MARKER).read_text().strip() == VERSION
-    except OSError:
-        return False
+    marker = folder / MARKER
+    return marker.is_file() and marker.read_text() == VERSION
 
 
 def _write_pairs(folder: Path) -> None:
-    photographs = _photograph_folder()
+    package = importlib.util.find_spec("skimage")  # `skimage.data` takes a second to import and downloads missing files
+    if package is None:
+        raise MissingFile("the built-in set needs the photographs of scikit-image: pip install scikit-image")
+    photographs = Path(package.submodule_search_locations[0]) / "data"
     for number, (split, name) in enumerate((split, name) for split, names in SPLIT.items() for name in names):
-        if not (photographs / name).is_file():
-            raise MissingFile(f"{photographs / name} is missing: install scikit-image again")
-        clean = _shrink(to_bgr8(read_image(photographs / name)))
+        clean = to_bgr8(read_image(photographs / name))
+        factor = min(1.0, LONGEST_SIDE / max(clean.shape[:2]))
+        size = [round(side * factor) for side in clean.shape[1::-1]]
+        clean = cv2.resize(clean, size, interpolation=cv2.INTER_AREA)
         for rendering in range(RENDERINGS[split]):
             rng = np.random.default_rng([number, rendering])
             rainy = add_rain(clean, MIXTURE[rendering % len(MIXTURE)], rng)
             write_image(folder / split / f"{Path(name).stem}_x{rendering + 1}.png", np.hstack([clean, rainy]))
-
-
-def _photograph_folder() -> Path:
-    # Not `skimage.data`: it takes a second to import and downloads missing files.
-    package = importlib.util.find_spec("skimage")
-    if package is None:
-        raise MissingFile("the built-in set needs the photographs of scikit-image: pip install scikit-image")
-    return Path(package.submodule_search_locations[0]) / "data"
-
-
-def _shrink(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    factor = min(1.0, LONGEST_SIDE / max(height, width))
-    return cv2.resize(image, (round(width * factor), round(height * factor)), interpolation=cv2.INTER_AREA)

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,43 +16,35 @@ from base.errors import BadArgument, Mismatch, UserError
 from base.images import list_images, read_image, read_pair, to_bgr8
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a data set is distributed; the three patterns are of folder names in lower case."""
+class Layout(NamedTuple):
+    """How a data set is distributed; the patterns are of folder names in lower case."""
 
     joined: bool  # one file holds both halves; else two files, paired by name
     folder: str  # folders of this set alone: in a download of several sets, the others are ignored
     test_folder: str = "$^"  # folders of the test set whose names do not say so
-    only: str = ""  # the one split that the set consists of
 
 
 LAYOUTS = {
     "rain800": Layout(True, "rain800|id-?cgan"),
     "rain100h": Layout(False, "100h|(train|test)_?(h|heavy)$", "rain100h"),
     "rain100l": Layout(False, "100l|(train|test)_?(l|light)$", "rain100l"),
-    "rain12": Layout(False, "rain12$", only="test"),
+    "rain12": Layout(False, "rain12$", ".*"),
     "rain1200": Layout(True, "1200|did-?mdn|^rain_(heavy|medium|light)$"),
     "rain1400": Layout(False, "1400|rainy_image_dataset"),
     "joined": Layout(True, "$^"),  # any other set of joined files
+    "folders": Layout(False, "$^"),  # any two folders
 }
 # Real rain has no ground truth; streak and region are the rain layers in the releases of Rain100H and Rain100L.
 NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|(^|[-_ ])real")
 NO_PAIR_FILE = re.compile("rain[-_ ]?(streak|region|mask)")
 CLEAN, RAINY = "norain|clean|gt|ground[-_]?truth|background|target|label", "rainy|rain|input|in|rainy[-_]image"
-ROLE_FOLDERS = {"clean": re.compile(f"({CLEAN})s?"), "rainy": re.compile(f"({RAINY})s?")}
-ROLE_NAMES = {  # "norain-1", "001_GT", "rain-1", "001_in"
-    role: re.compile(rf"({words})([-_ ].*|\d.*)|.*[-_ ]({words})")
-    for role, words in (("clean", CLEAN), ("rainy", RAINY))
-}
-PREFIX = re.compile(rf"^({CLEAN}|{RAINY})([-_ ]|(?=\d))")
-SUFFIX = re.compile(rf"[-_ ]({CLEAN}|{RAINY})$|(?<=\d)x2$")
+FOLDER = "({0})s?"
+FILE = r"({0})([-_ ].*|\d.*)|.*[-_ ]({0})"  # "norain-1", "001_GT", "rain-1", "001_in"
+AFFIX = r"^({0})([-_ ]|(?=\d))|[-_ ]({0})$|(?<=\d)x2$".format(f"{CLEAN}|{RAINY}")
 SAMPLE = 100  # joined files of a split that vote on the clean side
 
 
-@dataclass(frozen=True)
-class Found:
-    """An image of the download."""
-
+class Found(NamedTuple):
     path: Path
     parts: tuple[str, ...]  # names of the folders between the download and the image
     role: str  # "clean", "rainy"; "" where neither the folder nor the name tells
@@ -59,8 +52,6 @@ class Found:
 
 @dataclass
 class Pair:
-    """One pair of the download."""
-
     rainy: Path
     clean: Path | None  # None where `rainy` is a joined file
     parts: tuple[str, ...]
@@ -69,75 +60,62 @@ class Pair:
 
 
 def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> tuple[dict[str, list[Found]], list[str]]:
-    """The images of one set in an unpacked download by split, and a line for everything that is ignored.
-
-    `split` is what all of `root` is; without it, the folders' names tell. `data_dir` is not searched.
-    """
+    """The images of one set in an unpacked download by split, and a line for everything that is ignored."""
     found, ignored = defaultdict(list), []
-    for folder, subfolders, _ in os.walk(root):
-        folder = Path(folder)
-        skipped = {s for s in subfolders if s[0] == "." or s == "__MACOSX" or (folder / s).resolve() == data_dir}
-        subfolders[:] = sorted(set(subfolders) - skipped)
-        parts = folder.relative_to(root).parts
-        everything = [path for path in list_images(folder) if path.name[0] != "."]
-        images = [path for path in everything if not NO_PAIR_FILE.match(path.stem.lower())]
-        if len(images) < len(everything):
-            ignored.append(f"{folder}: {len(everything) - len(images)} images of the rain alone")
-        where, reason = split_of(set_name, root, parts, split)
-        if where:
-            found[where] += [Found(path, parts, role_of(path, parts)) for path in images]
-        elif images:
-            ignored.append(f"{folder} ({len(images)} images): {reason}")
-    return {where: images for where, images in found.items() if images}, ignored
+    for name, subfolders, _ in os.walk(root):
+        folder, parts = Path(name), Path(name).relative_to(root).parts
+        searched = (sub for sub in subfolders if sub[0] != "." and sub != "__MACOSX")
+        subfolders[:] = sorted(sub for sub in searched if (folder / sub).resolve() != data_dir)
+        where = split_of(set_name, root, parts, split)
+        images = [path for path in list_images(folder) if path.name[0] != "."]
+        pairs = [path for path in images if where and not NO_PAIR_FILE.match(path.stem.lower())]
+        if pairs:
+            found[where] += [Found(path, parts, role_of(path, parts)) for path in pairs]
+        if len(pairs) < len(images):
+            ignored.append(
+                f"{folder}: {len(images) - len(pairs)} images, by name no pairs of {set_name} (--train, --test)"
+            )
+    return found, ignored
 
 
-def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> tuple[str, str]:
-    """("train" or "test", "") for a folder of a download, or ("", why it is ignored).
-
-    Without `split`, the innermost name with "train" or "test" in it decides, `root`'s own last.
-    """
-    layout, names = LAYOUTS[set_name], [part.lower() for part in parts]
-    if any(NO_PAIR_FOLDER.search(name) for name in names):
-        return "", "no pairs, by its name"
-    for other, its in LAYOUTS.items():
-        if any(re.search(its.folder, name) for name in names) and not any(re.search(layout.folder, n) for n in names):
-            return "", f"it belongs to {other}"
+def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> str:
+    """What a folder of a download holds: `split` if given, else as the innermost name tells; "" if it is ignored."""
+    names = [part.lower() for part in parts]
+    sets = [key for key, layout in LAYOUTS.items() if any(re.search(layout.folder, name) for name in names)]
+    if any(NO_PAIR_FOLDER.search(name) for name in names) or (sets and set_name not in sets):
+        return ""
     names = [*reversed(names), root.resolve().name.lower()]
     splits = [word for name in names for word in ("train", "test") if word in name]
-    splits += ["test"] * any(re.fullmatch(layout.test_folder, name) for name in names)
-    split = split or layout.only or "".join(splits[:1])
-    return split, "" if split else "its name says neither train nor test: --train and --test can name folders"
+    splits += ["test"] * any(re.fullmatch(LAYOUTS[set_name].test_folder, name) for name in names)
+    return split or "".join(splits[:1])
 
 
 def role_of(path: Path, parts: tuple[str, ...]) -> str:
     """Clean, rainy or "". The innermost folder that tells decides: `rain/X2/norain-1x2.png` is rainy."""
-    for part in reversed(parts):
-        for role, pattern in ROLE_FOLDERS.items():
-            if pattern.fullmatch(part.lower()):
+    for name, pattern in (*((part, FOLDER) for part in reversed(parts)), (path.stem, FILE)):
+        for role, words in (("clean", CLEAN), ("rainy", RAINY)):
+            if re.fullmatch(pattern.format(words), name.lower()):
                 return role
-    return next((role for role, pattern in ROLE_NAMES.items() if pattern.fullmatch(path.stem.lower())), "")
+    return ""
 
 
 def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
     """Pairs of rainy and clean images, and a line for every image without exactly one partner.
 
-    Equal stems come first, then equal bare stems, then `stem_k` with `stem`. Several rainy images may share one clean
-    image. Folders belong together where they differ only in words for clean or rainy.
+    Partners have equal bare stems, or `stem_k` and `stem`. Several rainy images may share one clean image. Folders
+    belong together where they differ only in words for clean or rainy.
     """
-    clean = defaultdict(lambda: defaultdict(list))  # clean[place][key] = files
+    clean, pairs, left_out, used = defaultdict(list), [], [], set()
     for image in (image for image in images if image.role == "clean"):
-        clean[_place(image)]["whole", image.path.stem.lower()].append(image.path)
-        clean[_place(image)]["bare", bare(image.path.stem)].append(image.path)
-    pairs, left_out, used = [], [], set()
+        clean[_place(image), bare(image.path.stem)].append(image.path)
     for image in (image for image in images if image.role == "rainy"):
-        short, partners = bare(image.path.stem), clean[_place(image)]
-        keys = (("whole", image.path.stem.lower()), ("bare", short), ("bare", re.sub(r"_\d+$", "", short)))
-        candidates = next((partners[key] for key in keys if key in partners), [])
-        used.update(candidates)
-        if len(candidates) == 1:
-            pairs.append(Pair(image.path, candidates[0], image.parts, short))
+        place, short = _place(image), bare(image.path.stem)
+        partners = clean.get((place, short)) or clean.get((place, re.sub(r"_\d+$", "", short)), [])
+        used.update(partners)
+        if len(partners) == 1:
+            pairs.append(Pair(image.path, partners[0], image.parts, short))
         else:
-            left_out.append(f"{image.path}: {len(candidates) or 'no'} clean images fit it")
+            left_out.append(f"{image.path}: {len(partners) or 'no'} clean images fit it")
     left_out += [f"{i.path}: no rainy image fits it" for i in images if i.role == "clean" and i.path not in used]
     left_out += [f"{i.path}: neither its folder nor its name says clean or rainy" for i in images if not i.role]
     return pairs, left_out
@@ -145,34 +123,24 @@ def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
 
 def bare(stem: str) -> str:
     """A file's stem in lower case without words for clean or rainy: "norain-1x2" and "rain-1" are both "1"."""
-    stem = stem.lower()
-    return SUFFIX.sub("", PREFIX.sub("", stem)) or stem
+    return re.sub(AFFIX, "", stem.lower()) or stem.lower()
 
 
 def _place(image: Found) -> tuple[str, ...]:
-    neutral = (*ROLE_FOLDERS.values(), re.compile("x2"))
-    return tuple(part for part in image.parts if not any(pattern.fullmatch(part.lower()) for pattern in neutral))
+    neutral = FOLDER.format(f"{CLEAN}|{RAINY}") + "|x2"
+    return tuple(part for part in image.parts if not re.fullmatch(neutral, part.lower()))
 
 
 def make_names_unique(pairs: list[Pair]) -> None:
     """Prefix the names of one split by the folders in which they differ (Rain1200: "Rain_Heavy-1"), where needed."""
-    common = set.intersection(*(set(pair.parts) for pair in pairs)) if pairs else set()
-    folders = ["".join(f"{part}-" for part in pair.parts if part not in common) for pair in pairs]
-    plain = [pair.name for pair in pairs]
-    longer = [folder + name for folder, name in zip(folders, plain, strict=True)]
-    longest = [folder + pair.rainy.name.replace(".", "-") for folder, pair in zip(folders, pairs, strict=True)]
-    # Compared in lower case, because some disks take "A" and "a" for one file.
-    unique = (names for names in (plain, longer, longest) if len({name.lower() for name in names}) == len(names))
-    for pair, name in zip(pairs, next(unique, longest), strict=True):
-        pair.name = name
+    if len({pair.name.lower() for pair in pairs}) < len(pairs):  # some disks take "A" and "a" for one file
+        common = set.intersection(*(set(pair.parts) for pair in pairs))
+        for pair in pairs:
+            pair.name = "".join(f"{part}-" for part in pair.parts if part not in common) + pair.name
 
 
 def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
-    """Names of at most `count` pairs: a function of the pairs' names and `seed` alone.
-
-    Pairs that share a clean file stay together. The order is that of hashes, so one more pair moves at most one other
-    group. Raises BadArgument where nothing is left to train on.
-    """
+    """Names of at most `count` pairs, chosen by hashes of name and `seed`; pairs of one clean file stay together."""
     if pairs and count >= len(pairs):
         raise BadArgument(f"--val {count} leaves none of the {len(pairs)} training pairs to train on: lower it")
     groups = defaultdict(list)
@@ -188,8 +156,7 @@ def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
 def rain_side(first: np.ndarray, second: np.ndarray) -> int:
     """Which of two (H, W, 3) uint8 images is the rainy one: -1 first, 1 second, 0 unknown.
 
-    Streaks add detail; they are narrow and brighter than what they cover, so the fine part of rainy - clean is skewed
-    upwards. Both must agree. The mean brightness does not tell: in Rain800 many rainy images are dimmed as a whole.
+    Streaks add detail, and the fine part of rainy - clean is skewed upwards. Mean brightness does not tell.
     """
     a, b = (cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32) for image in (first, second))
     detail = [cv2.norm(cv2.Laplacian(image, cv2.CV_32F), cv2.NORM_L1) for image in (a, b)]
@@ -215,6 +182,5 @@ def read_download(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         return (left, right) if pair.clean_left else (right, left)
     B, O = to_bgr8(read_image(pair.clean)), to_bgr8(read_image(pair.rainy))
     if B.shape != O.shape:
-        sizes = " but ".join(f"{image.shape[1]}x{image.shape[0]}" for image in (O, B))
-        raise Mismatch(f"{pair.rainy}: its size is {sizes} for its clean image {pair.clean}")
+        raise Mismatch(f"{pair.rainy} and {pair.clean} have two sizes")
     return B, O

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from multiprocessing import resource_tracker
 from threading import Thread
 
@@ -28,9 +28,10 @@ def training_batches(dataset: Dataset, first_step: int, device: torch.device) ->
     mine = ranks.part(settings.batch_size)
     starts = range(first_step * settings.batch_size, settings.steps * settings.batch_size, settings.batch_size)
     workers = settings.num_workers
-    if workers < 0:
-        # Python threads do not speed up synthetic rain, and a GPU's step takes less time than its rain.
-        workers = _spare_cores() if device.type == "cuda" and settings.rain else 0
+    if workers < 0:  # threads do not speed up synthetic rain, and a GPU's step takes less time than its rain
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # one rank's, less one for its step
+        workers = min(8, cores) if device.type == "cuda" and settings.rain else 0
     loader = DataLoader(
         dataset,
         batch_sampler=[range(start + mine.start, start + mine.stop) for start in starts],
@@ -42,54 +43,32 @@ def training_batches(dataset: Dataset, first_step: int, device: torch.device) ->
     return _from_workers(loader) if workers else _one_ahead(iter(loader))
 
 
-def _spare_cores() -> int:
-    """Worker processes for one rank: 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-
-
 def _from_workers(loader: DataLoader) -> Iterator:
     """The loader's batches. Its workers end with this iterator, or with the program if the iterator outlives it."""
     others, workers = multiprocessing.active_children(), []
     with ExitStack() as ending:
-        # At exit Python sends SIGTERM to its child processes and waits. Workers ignore SIGTERM, so they must be gone by
-        # then: PyTorch asks them to end, and those that have not after some seconds are killed.
+        # At exit Python sends SIGTERM to its child processes, which ignore it, and waits: they must be gone by then.
         atexit.register(ending.close)
         ending.callback(atexit.unregister, ending.close)
         ending.callback(lambda: [process.kill() for process in workers])
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # now, because starting it unblocks signals
+        # Workers start with STOPS blocked: they import for seconds before `_init_worker`.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
-            with _blocked_stops():
-                batches = iter(loader)
+            batches = iter(loader)
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             workers += [process for process in multiprocessing.active_children() if process not in others]
         ending.callback(batches._shutdown_workers)
         yield from batches
 
 
-@contextmanager
-def _blocked_stops() -> Iterator[None]:
-    """Block STOPS, also in processes that start meanwhile: a worker imports for seconds before `_init_worker`.
-
-    A fork server that starts meanwhile blocks them for good.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # now, because starting it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _init_worker(_: int) -> None:
-    """Ignore STOPS, which a terminal or a scheduler sends to the whole process group, and end with the parent."""
+    """Ignore STOPS, which a terminal sends to the whole process group, and end with the parent."""
     for stop in STOPS:
         signal.signal(stop, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,6 +1,6 @@
 """Figures of rain, to compare synthetic rain with real pairs."""
 
-from math import nan, radians, tan
+from math import nan
 from pathlib import Path
 
 import cv2
@@ -11,6 +11,7 @@ from synthesis.streaks import add_rain, picture_generator
 from synthesis.styles import STYLES
 
 FIGURES = ("mean of R", "90th percentile", "99th percentile", "% with R > 8", "% saturated", "% corr. at 32 px")
+ROWS, REACH = 32, 18  # the distance of that correlation, and how far streaks up to 30 degrees off vertical reach on it
 COLUMNS = {"min": 0, "25%": 25, "50%": 50, "75%": 75, "max": 100}  # percentiles over the pictures
 
 
@@ -26,20 +27,13 @@ def rain_layer(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
     return np.maximum(cv2.subtract(rainy, clean, dtype=cv2.CV_32F).mean(axis=2), 0)
 
 
-def streak_correlation(clean: np.ndarray, rainy: np.ndarray, rows: int = 32) -> float:
-    """How long streaks are: the correlation of R with R shifted by `rows` pixels along the streaks.
-
-    The best of all shifts up to 30 degrees off vertical. Pixels with a saturated channel are left out; nan where too
-    few remain.
-    """
-    rain, known = rain_layer(clean, rainy), rainy.max(axis=2) < 255
-    (height, width), reach = rain.shape, round(rows * tan(radians(30)))
-    if height <= rows or width <= reach:
-        return nan
-    highest = nan
-    for shift in range(-reach, reach + 1):
-        upper = np.s_[:-rows, max(0, -shift) : width - max(0, shift)]
-        lower = np.s_[rows:, max(0, shift) : width - max(0, -shift)]
+def streak_correlation(clean: np.ndarray, rainy: np.ndarray) -> float:
+    """How long streaks are: the highest correlation of R with R shifted by ROWS pixels along them; nan if unknown."""
+    rain, known = rain_layer(clean, rainy), rainy.max(axis=2) < 255  # not the saturated pixels
+    width, highest = rain.shape[1], nan
+    for shift in range(-min(REACH, width), min(REACH, width) + 1):
+        upper = np.s_[:-ROWS, max(0, -shift) : width - max(0, shift)]
+        lower = np.s_[ROWS:, max(0, shift) : width - max(0, -shift)]
         both = known[upper] & known[lower]
         first, second = rain[upper][both], rain[lower][both]
         if both.sum() > 100 and first.std() and second.std():
@@ -48,10 +42,7 @@ def streak_correlation(clean: np.ndarray, rainy: np.ndarray, rows: int = 32) -> 
 
 
 def angle_histogram(clean: np.ndarray, rainy: np.ndarray) -> np.ndarray:
-    """Shares of R's energy at -75, -60, .. 90 degrees, (12,); 0 is vertical, positive leans as "/".
-
-    The direction is the structure tensor's, the weight the difference of its eigenvalues.
-    """
+    """Shares of R's energy by the structure tensor's direction: -75, -60, .. 90 degrees, (12,); "|" is 0, "/" is 45."""
     rain = cv2.GaussianBlur(rain_layer(clean, rainy), (0, 0), 1)
     dx, dy = cv2.Sobel(rain, cv2.CV_32F, 1, 0), cv2.Sobel(rain, cv2.CV_32F, 0, 1)
     difference, product = (cv2.GaussianBlur(term, (0, 0), 3) for term in (dx * dx - dy * dy, 2 * dx * dy))

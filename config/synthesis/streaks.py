@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 
 from synthesis.styles import IntensityRain, RainStyle, Range, Streaks
 
@@ -13,14 +14,15 @@ SMOOTH = np.array([[0.18], [0.64], [0.18]], np.float32)  # softens stepped strea
 FINE = 3  # hard streaks are rendered on so many columns per pixel, so that they can lie between pixels
 
 Size = tuple[int, int]  # height, width in pixels
+Shape = tuple[int, float, float]  # of streaks: length down the rows, width along a row, both in pixels; coverage
 
 
-def add_rain(clean: np.ndarray, style: RainStyle | IntensityRain, rng: np.random.Generator) -> np.ndarray:
+def add_rain(clean: np.ndarray, style: RainStyle | IntensityRain, rng: Generator) -> np.ndarray:
     """Synthetic rain on a clean image: `O = clip(B + R)`, both (H, W, 3) uint8."""
     return cv2.add(clean, cv2.merge([render(*clean.shape[:2], style, rng)] * 3))  # cv2.add clips at 255
 
 
-def render(height: int, width: int, style: RainStyle | IntensityRain, rng: np.random.Generator) -> np.ndarray:
+def render(height: int, width: int, style: RainStyle | IntensityRain, rng: Generator) -> np.ndarray:
     """One rain layer R, (height, width) uint8 grey levels. The same generator state gives the same layer."""
     if isinstance(style, IntensityRain):
         return cv2.convertScaleAbs(_intensity_rain((height, width), style, rng))
@@ -32,60 +34,42 @@ def render(height: int, width: int, style: RainStyle | IntensityRain, rng: np.ra
             turn = streaks.turn[0] + (streaks.turn[1] - streaks.turn[0]) * rng.uniform() ** streaks.order
             angle = main + turn * (-1, 1)[rng.integers(2)]
             level = strength * _log_uniform(streaks.level, rng)
-            rain += (_stepped_set if style.stepped else _even_set)((height, width), angle, level, streaks, rng)
+            rain += _one_set((height, width), angle, level, streaks, style.stepped, rng)
     return cv2.convertScaleAbs(rain)  # rounds, clips at 255
 
 
-def picture_generator(seed: int, name: str, number: int) -> np.random.Generator:
+def picture_generator(seed: int, name: str, number: int) -> Generator:
     """The generator of rendering `number` on the image called `name`, whatever other images there are."""
     return np.random.default_rng([seed, zlib.crc32(name.encode()), number])
 
 
-def _even_set(size: Size, angle: float, level: float, streaks: Streaks, rng: np.random.Generator) -> np.ndarray:
-    """One set of streaks, `size` float32. They lean evenly by `angle` degrees; positive leans as "/".
-
-    Vertical streaks are rendered, then sheared: that takes the same time for every length, a turned kernel does not.
-    """
-    length, across, coverage = _shape(angle, streaks, rng)
-    vertical = (size[0], _canvas_width(size, angle))
-    if streaks.hard:
-        return _shear(level * _hard_streaks(vertical, length, across, coverage, rng), size, angle, rng)
-    rain = _soft_streaks(vertical, length, across, coverage, streaks.taper, rng)
-    return _shear(level * np.minimum(rain, _log_uniform(streaks.peak, rng)), size, angle, rng)
-
-
-def _stepped_set(size: Size, angle: float, level: float, streaks: Streaks, rng: np.random.Generator) -> np.ndarray:
-    """As `_even_set`, but the streaks lean in steps of half a pixel."""
-    length, across, coverage = _shape(angle, streaks, rng)
-    if streaks.hard:
-        return level * _stepped_hard_streaks(size, angle, length, across, coverage, streaks.adds, rng)
-    rain = _stepped_soft_streaks(size, angle, length, across, coverage, streaks.taper, rng)
-    return level * np.minimum(rain, _log_uniform(streaks.peak, rng))
-
-
-def _shape(angle: float, streaks: Streaks, rng: np.random.Generator) -> tuple[int, float, float]:
-    """Length down the rows and width along a row, both in pixels, and coverage of a set that leans by `angle`."""
+def _one_set(size: Size, angle: float, level: float, streaks: Streaks, stepped: bool, rng: Generator) -> np.ndarray:
+    """One set of streaks, `size` float32, that lean by `angle` degrees, positive as "/"; sheared unless `stepped`."""
     slant = cos(radians(angle))
     length = max(2, round(_log_uniform(streaks.length, rng) * slant))
-    return length, rng.uniform(*streaks.width) / slant, rng.uniform(*streaks.coverage)
+    shape = (length, rng.uniform(*streaks.width) / slant, rng.uniform(*streaks.coverage))
+    canvas = (size[0], _canvas_width(size, angle))
+    if streaks.hard:
+        rain = _stepped_hard(size, angle, shape, streaks.adds, rng) if stepped else _hard(canvas, shape, rng)
+    else:
+        soft = _stepped_soft(size, angle, shape, streaks, rng) if stepped else _soft(canvas, shape, streaks, rng)
+        rain = np.minimum(soft, _log_uniform(streaks.peak, rng))
+    return level * rain if stepped else _shear(level * rain, size, angle, rng)
 
 
 def _canvas_width(size: Size, angle: float) -> int:
-    """The width of what `_shear` shears to `size`."""
     return size[1] + ceil(size[0] * abs(tan(radians(angle)))) + 2
 
 
-def _shear(canvas: np.ndarray, size: Size, angle: float, rng: np.random.Generator) -> np.ndarray:
+def _shear(canvas: np.ndarray, size: Size, angle: float, rng: Generator) -> np.ndarray:
     """Shear vertical streaks (height, `_canvas_width`) by `angle` degrees to `size`."""
     (height, width), slope = size, tan(radians(angle))
-    # The shift by part of a pixel keeps vertical streaks from lying exactly on the columns.
-    left = rng.uniform(0, 1) + max(0.0, -slope * height)
+    left = rng.uniform(0, 1) + max(0.0, -slope * height)  # else vertical streaks would lie exactly on the columns
     shear = np.array([[1, slope, left], [0, 1, 0]])
     return cv2.warpAffine(canvas, shear, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
-def _intensity_rain(size: Size, style: IntensityRain, rng: np.random.Generator) -> np.ndarray:
-    """`size` float32 grey levels."""
+def _intensity_rain(size: Size, style: IntensityRain, rng: Generator) -> np.ndarray:
     angle, radius = style.choose(rng)
     length = max(2, round(style.length * cos(radians(angle))))
     # 4 pixels on each side for the blur; `length` rows more, so that streaks enter from outside the image.
@@ -96,33 +80,26 @@ def _intensity_rain(size: Size, style: IntensityRain, rng: np.random.Generator) 
     return _shear(255 * np.minimum(style.gain * share, 1), size, angle, rng)
 
 
-def _hard_streaks(size: Size, length: int, across: float, coverage: float, rng: np.random.Generator) -> np.ndarray:
+def _hard(size: Size, shape: Shape, rng: Generator) -> np.ndarray:
     """Vertical lines, `size` float32: each has a brightness of 0.55 to 1, their sums are limited to 1."""
-    (height, width), rows = size, size[0] + length  # more rows, so that streaks enter from outside the image
-    fine = max(1, round(FINE * across))
+    (height, width), (length, across, coverage) = size, shape
+    rows, fine = height + length, max(1, round(FINE * across))  # more rows, so that streaks enter from outside
     count = rng.poisson(-log1p(-coverage) * rows * width * FINE / (length * fine))
     lines = np.zeros((rows, width * FINE), np.uint8)
     lines.reshape(-1)[rng.integers(0, lines.size, count)] = rng.integers(140, 256, count, dtype=np.uint8)
-    # Sums of bytes saturate at 255, which limits the set's brightness.
     lines = cv2.boxFilter(lines, -1, (1, length), normalize=False)[length // 2 : length // 2 + height]
-    lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)
+    lines = cv2.boxFilter(lines, -1, (fine, 1), normalize=False)  # saturates at 255, which limits the brightness
     return cv2.resize(lines, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
 
 
-def _soft_streaks(
-    size: Size, length: int, across: float, coverage: float, taper: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Noise blurred along and across, above the threshold that `coverage` of it exceeds; `size` float32.
-
-    Where it exceeds it, its mean is 1.
-    """
+def _soft(size: Size, shape: Shape, streaks: Streaks, rng: Generator) -> np.ndarray:
+    """Noise blurred along and across, above the threshold that `coverage` of it exceeds; there its mean is 1."""
+    length, across, coverage = shape
     noise = rng.integers(0, 256, (size[0] + length, size[1]), np.uint8)
     # Two boxes in a row give even tapers; one would give the ragged profile of a random walk.
-    first, second = _tapers(length, taper)
+    (first, second), blur = _tapers(length, streaks.taper), _blur(across, cv2.CV_64F)
     blurred = cv2.boxFilter(cv2.boxFilter(noise, cv2.CV_32F, (1, first)), -1, (1, second))
-    blurred = blurred[length // 2 : length // 2 + size[0]]
-    blur = _blur(across, cv2.CV_64F)
-    blurred = cv2.sepFilter2D(blurred, -1, blur, np.ones(1))
+    blurred = cv2.sepFilter2D(blurred[length // 2 : length // 2 + size[0]], -1, blur, np.ones(1))
     # The kernels' weights give the deviation of the blurred noise, which is uniform over 0..255 before.
     along = np.convolve(np.full(first, 1 / first), np.full(second, 1 / second))
     deviation = sqrt((256**2 - 1) / 12 * (along**2).sum() * (blur**2).sum())
@@ -131,10 +108,9 @@ def _soft_streaks(
     return np.maximum(blurred * gain - (127.5 + threshold * deviation) * gain, 0)
 
 
-def _stepped_hard_streaks(
-    size: Size, angle: float, length: int, across: float, coverage: float, adds: bool, rng: np.random.Generator
-) -> np.ndarray:
-    """Stepped lines, `size` float32: as `_hard_streaks`, or with `adds` of mean brightness 1 and without a limit."""
+def _stepped_hard(size: Size, angle: float, shape: Shape, adds: bool, rng: Generator) -> np.ndarray:
+    """As `_hard`, but lines lean in steps of half a pixel; with `adds` of mean brightness 1 and without a limit."""
+    length, across, coverage = shape
     even, across = rng.uniform() < 0.5, min(max(across, 1.0), 2.0)
     edge = across - 1
     profile = np.array([[edge / 2, 1, edge / 2] if even else [0, 1, edge]], np.float32)
@@ -147,11 +123,9 @@ def _stepped_hard_streaks(
     return rain if adds else np.minimum(rain, 1)
 
 
-def _stepped_soft_streaks(
-    size: Size, angle: float, length: int, across: float, coverage: float, taper: float, rng: np.random.Generator
-) -> np.ndarray:
-    """As `_soft_streaks`, but stepped."""
-    even, (first, second), blur = rng.uniform() < 0.5, _tapers(length, taper), _blur(across, cv2.CV_32F)
+def _stepped_soft(size: Size, angle: float, shape: Shape, streaks: Streaks, rng: Generator) -> np.ndarray:
+    length, across, coverage = shape
+    even, (first, second), blur = rng.uniform() < 0.5, _tapers(length, streaks.taper), _blur(across, cv2.CV_32F)
     line = np.pad(_stepped_line(first, angle), second // 2 + ceil(across))
     line = _filter(_filter(line, _stepped_line(second, angle)), (blur if even else SMOOTH) @ blur.T)
     noise = rng.standard_normal(np.add(size, line.shape), np.float32)
@@ -194,5 +168,5 @@ def _exceed(coverage: float) -> tuple[float, float]:
     return threshold, NormalDist().pdf(threshold) / coverage - threshold
 
 
-def _log_uniform(bounds: Range, rng: np.random.Generator) -> float:
+def _log_uniform(bounds: Range, rng: Generator) -> float:
     return float(np.exp(rng.uniform(*np.log(bounds))))

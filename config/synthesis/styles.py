@@ -1,23 +1,17 @@
 """How the rain of each data set looks, in ranges that every picture draws its own values from."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+from numpy.random import Generator
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Streaks:
-    """One kind of streaks. A picture holds several sets of a kind, and each set draws its own values from these ranges.
+    """One kind of streaks, of which a picture holds several sets, each with values of its own from these ranges."""
 
-    Hard streaks are lines of constant brightness with square ends. Soft streaks are blurred noise above a threshold:
-    they taper. Where streaks of one set overlap, the set's brightness is the limit unless `adds`. Sets add up.
-    """
-
-    hard: bool
+    hard: bool  # lines of constant brightness with square ends; else soft: blurred noise above a threshold
     sets: tuple[int, int]  # sets of this kind in a picture, both ends included
     turn: Range  # degrees between a set and the picture's main direction, to either side
     length: Range  # pixels, log-uniform
@@ -26,14 +20,12 @@ class Streaks:
     level: Range  # grey levels, log-uniform: of hard streaks the maximum, of soft ones the mean where there is rain
     peak: Range = (99.0, 99.0)  # soft: the maximum in multiples of the level, log-uniform
     taper: float = 0.35  # soft: share of the length over which a streak rises, and falls
-    adds: bool = False  # stepped and hard: streaks add up where they cross; `level` is then the mean of one streak
+    adds: bool = False  # stepped and hard: streaks of a set add up without limit; `level` is the mean of one streak
     order: float = 2.0  # the higher, the more turns lie near the lower end of their range
 
 
 @dataclass(frozen=True)
 class RainStyle:
-    """The rain of one data set."""
-
     angle: float  # degrees: a picture's main direction is uniform in -angle..angle; 0 is vertical; angle + turn < 60
     streaks: tuple[Streaks, ...]
     strength: Range = (1.0, 1.0)  # factor on all levels of one picture, log-uniform
@@ -42,11 +34,7 @@ class RainStyle:
 
 @dataclass(frozen=True)
 class IntensityRain:
-    """The rain of the intensity-aware paper, section III-D: noise, blurred, thresholded, motion-blurred.
-
-    Every picture has one direction and one radius: small, middle or large streaks. The paper gives the values of these
-    two only; the others are chosen by eye.
-    """
+    """The rain of the intensity-aware paper, section III-D. Radii and directions are the paper's."""
 
     radii: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)  # sigma of the noise's Gaussian blur, pixels
     directions: tuple[float, ...] = (-40, -30, -15, 0, 15, 30, 40)  # degrees; 0 is vertical, positive leans as "/"
@@ -54,7 +42,7 @@ class IntensityRain:
     length: int = 31  # of the motion blur, pixels
     gain: float = 1.6  # factor on the motion-blurred noise, clipped to 1 afterwards
 
-    def choose(self, rng: "np.random.Generator") -> tuple[float, float]:
+    def choose(self, rng: Generator) -> tuple[float, float]:
         """Direction (degrees) and radius (pixels) of a picture: what `render` takes from the generator first."""
         return self.directions[rng.integers(len(self.directions))], self.radii[rng.integers(len(self.radii))]
 

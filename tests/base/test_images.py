@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from base.errors import DamagedFile, Mismatch, MissingFile
-from base.images import list_images, read_image, read_pair, split_pair, to_bgr8, write_image
+from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8, write_image
+from conftest import make_pair
 
 RNG = np.random.default_rng(0)
 IMAGES = {
@@ -61,8 +62,9 @@ def test_pairs(tmp_path):
     write_image(tmp_path / "a.png", IMAGES["colour"])
     B, O = read_pair(tmp_path / "a.png")
     np.testing.assert_array_equal(np.hstack([B, O]), IMAGES["colour"])
+    write_image(tmp_path / "b.png", IMAGES["colour"][:, :29])
     with pytest.raises(Mismatch):
-        split_pair(IMAGES["colour"][:, :29], tmp_path / "b.png")
+        read_pair(tmp_path / "b.png")
 
 
 def test_files_are_listed_in_natural_order(tmp_path):
@@ -70,3 +72,19 @@ def test_files_are_listed_in_natural_order(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "3.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["1.jpg", "2.PNG", "10.png", "a2b9.tif", "a2b10.tif"]
+
+
+def test_backgrounds_are_found_in_another_size_and_brightness():
+    pictures = {f"{seed}.png": make_pair(90, 120, seed)[0] for seed in range(6)}
+    known = {name: thumbnail(B) for name, B in pictures.items()}
+    others = {
+        "smaller": thumbnail(cv2.resize(pictures["2.png"], (60, 45), interpolation=cv2.INTER_AREA)),
+        "darker": thumbnail((pictures["4.png"] * 0.7).astype(np.uint8)),
+        "copy": thumbnail(pictures["4.png"]),
+        "flat": thumbnail(np.full((40, 40, 3), 99, np.uint8)),
+        "unknown": thumbnail(make_pair(90, 120, 7)[0]),
+    }
+    assert shared_backgrounds(known, others) == {"2.png": ["smaller"], "4.png": ["darker", "copy"]}
+    assert shared_backgrounds(known, {}) == shared_backgrounds({}, known) == {}
+    flat = {"flat": others["flat"]}
+    assert shared_backgrounds(flat, flat) == {}  # what has no shape is like nothing
