@@ -13,7 +13,7 @@ step "2/4 removing synthetic rain from photographs with the pretrained weights m
 .venv/bin/python config/show.py -m models/sdsen.pth --data_dir data/builtin
 
 echo
-echo "look at them, now or while the rest runs:  bash explore.sh"
+echo "look at them, now, in another terminal:    bash explore.sh"
 echo "your own photograph:                       .venv/bin/python config/show.py -i PHOTO.jpg"
 
 step "3/4 training a small S-DSEN (two stages, 6 channels) on the built-in set for a few minutes"

@@ -30,20 +30,28 @@ _run = partial(option, group="Files and devices")
 
 @dataclass(frozen=True)
 class Settings(Coarse2FineSettings, PHPSettings):
-    network: str = _network("dsen", "architecture", choices=("dsen", "coarse2fine", "php"))
+    network: str = _network(
+        "dsen",
+        "dsen (DSEN, S-DSEN and the CNN), coarse2fine, or php (intensity-aware)",
+        choices=("dsen", "coarse2fine", "php"),
+    )
     channel: int = _network(10, "regular channels per layer (paper: 10 in DSEN, 20 in the CNN)", minimum=2)
     depth: int = _network(7, "layers, of which depth - 3 are residual (paper: 7)", minimum=1)
     stage_num: int = _network(8, "stages, which share their weights (paper: 1, 2, 4, 6 and 8)", minimum=1)
     group: str = _network("p4", "symmetry of the convolutions; z2: ordinary convolutions", choices=("p4", "z2"))
-    aggregation: str = _network("conv", "merges the orientations: 5x5 convolution or pooling", choices=("max", "mean"))
+    aggregation: str = _network(
+        "conv", "how orientations are merged: conv (5x5 over all) or pooling", choices=("max", "mean")
+    )
     use_se: bool = _network(True, "squeeze-and-excitation after the aggregation (paper: true)")
     link: str = _network("concat", "between stages: concat (self-refining), add (SC) or none", choices=("add", "none"))
 
     data_dir: str = _data("", "folder with train, val and test; empty: the built-in set", path=True)
-    rain: str = _data("", "style of synthetic rain, new for each crop; empty: the rain of the pairs", choices=[*STYLES])
+    rain: str = _data("", "style of synthetic rain, new in every step; empty: the stored rain", choices=[*STYLES])
     clean_dir: str = _data("", "clean images for synthetic rain; empty: the ground truth of data_dir/train", path=True)
     more_data: tuple[str, ...] = _data((), "more folders of joined pairs to train on", path=True)
-    exclude: tuple[str, ...] = _data((), "folders of pairs, e.g. test sets, whose backgrounds to leave out", path=True)
+    exclude: tuple[str, ...] = _data(
+        (), "folders of pairs, such as test sets, whose backgrounds are left out", path=True
+    )
     aug_data: str = _data(
         "none",
         "rotate by up to 30 degrees (paper: DA), quarter_turns (paper: C4DA), flip, or scale: rotate, flip, resize",
@@ -51,25 +59,29 @@ class Settings(Coarse2FineSettings, PHPSettings):
     )
     patch_size: int = _data(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = _data(64, "crops per step (paper: 64)", minimum=1)
-    num_workers: int = _data(-1, "processes that prepare crops; 0: a thread; -1: auto", minimum=-1, usual=False)
+    num_workers: int = _data(-1, "processes that prepare crops; 0: a thread; -1: automatic", minimum=-1, usual=False)
     cache_gib: float = _data(16.0, "memory for decoded training images, GiB", minimum=0, usual=False)
 
     steps: int = _training(20000, "training steps (paper: learning rate falls at 15000 and 17500)", minimum=1)
-    epochs: int = _advanced(0, "training epochs, which milestones then count as well; 0: steps", minimum=0)
+    epochs: int = _advanced(0, "length in epochs, which milestones then count too; 0: use steps", minimum=0)
     optimizer: str = _advanced("adam", "adam (paper) or soap (requirements-soap.txt)", choices=("adam", "soap"))
     lr: float = _training(5e-4, "initial learning rate (paper: 5e-4)", minimum=0)
-    schedule: str = _training("steps", "of lr: steps (divide by 10 at each milestone) or cosine", choices=("cosine",))
+    schedule: str = _training(
+        "steps", "learning rate: steps (divide by 10 at milestones) or cosine", choices=("cosine",)
+    )
     milestones: tuple[int, ...] = _training((15000, 17500), "steps at which lr is divided by 10 (paper: 15000 17500)")
     warmup: int = _advanced(0, "steps of linear warm-up to lr (paper: 0)", minimum=0)
     clip_norm: float = _advanced(0.0, "largest gradient norm; 0: no clipping (paper)", minimum=0)
     loss: str = _training(
         "mse",
-        "mse (paper), l1 or charbonnier of R_t and O - B; ssim: 1 - SSIM of O - R_t and B; coarse2fine, php: theirs",
+        "mse (paper), l1, charbonnier: R_t against O - B; ssim: 1 - SSIM of O - R_t and B; ssim_l1; coarse2fine; php",
         choices=("mse", "l1", "charbonnier", "ssim", "ssim_l1", "coarse2fine", "php"),
     )
-    loss_stages: str = _advanced("all", "stages whose losses are summed (paper: all)", choices=("all", "last"))
-    average: float = _training(0.0, "decay of the weights' moving average, for validation and test; 0: off", minimum=0)
-    accumulate: int = _training(1, "parts of a batch, one after another: same gradients, less memory", minimum=1)
+    loss_stages: str = _advanced(
+        "all", "all: sum over the stages (paper); last: the last stage alone", choices=("all", "last")
+    )
+    average: float = _training(0.0, "decay of the weights' moving average, which is then tested; 0: off", minimum=0)
+    accumulate: int = _training(1, "parts in which a batch is computed: same gradients, less memory", minimum=1)
     checkpoint_activations: bool = _advanced(False, "recompute activations for the gradients: less memory, more time")
     compile: str = _advanced("auto", "torch.compile; auto: long trainings on a CUDA GPU", choices=("on", "off"))
     cuda_graphs: str = _advanced("auto", "replay steps, and images of one size, as CUDA graphs", choices=("on", "off"))
@@ -77,7 +89,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     val_images: int = _advanced(10, "validation pairs, spread over val; 0: all", minimum=0)
     log_steps: int = _advanced(50, "steps between log lines and points of the curves", minimum=1)
     save_steps: int = _training(500, "steps between validations, each with a checkpoint step_N", minimum=1)
-    save_minutes: float = _advanced(5.0, "minutes after which `latest` is written between validations", minimum=0)
+    save_minutes: float = _advanced(5.0, "minutes after which latest.pth is also written", minimum=0)
 
     run: str = _run("", "name of the run's folders in model_dir, log_dir and show_dir; empty: the preset")
     model_dir: str = _run("models", "folder of the checkpoints", path=True)
@@ -87,9 +99,11 @@ class Settings(Coarse2FineSettings, PHPSettings):
     precision: str = _run(
         "auto", "auto: CUDA GPUs train in bf16, test in fp16; else float32", choices=("float32", "bf16", "fp16")
     )
-    memory_gib: float = _run(0.0, "memory for restoring an image, GiB; 0: what is free (CPU)", minimum=0)
+    memory_gib: float = _run(0.0, "limit on the memory when restoring, GiB (CPU); 0: what is free", minimum=0)
     mirror: bool = _run(False, "average with the restored mirror image: twice the time, a little better")
-    log_level: str = _run("info", "lowest level to print", choices=("debug", "info", "warning", "error"), usual=False)
+    log_level: str = _run(
+        "info", "lowest level of printed messages", choices=("debug", "info", "warning", "error"), usual=False
+    )
 
     @property
     def model_path(self) -> Path:

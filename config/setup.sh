@@ -37,7 +37,7 @@ if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
 import os, torch
 assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)
 print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null) || torch=""
-    echo "making .venv with $("$python" --version)${torch:+ and the torch that it has}; a torch to fetch is a large download"
+    echo "making .venv with $("$python" --version)${torch:+ and the torch that it has}; if PyTorch has to be downloaded, that is large"
     "$python" -m venv .venv
     if [ -n "$torch" ]; then
         echo "$torch" > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"

@@ -34,16 +34,20 @@ from base.devices import is_out_of_memory, pick_device
 from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
 from base.files import write_bytes
 from base.images import SUFFIXES, list_images, read_image, read_pair, to_bgr8, write_image
+from base.options import make_parser
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
 from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
-from settings import Settings, make_parser, read_overrides
+from settings import FIELDS, Settings, read_overrides
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
 TEMPLATE = Path(__file__).with_name("show.html")
 MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
 LARGEST = 1600  # side of a preview, pixels
+OPTIONS = (
+    "data_dir model_dir show_dir run device precision memory_gib mirror cuda_graphs log_level".split()
+)  # in the help
 
 
 @dataclass
@@ -222,7 +226,7 @@ def _finite(score: float) -> float | None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = make_parser("Remove the rain from images and make a page that compares them: showdir/index.html.")
+    parser = make_parser({name: FIELDS[name] for name in OPTIONS}, "Remove rain from images and make a page of them.")
     parser.add_argument(
         "-p", "--preset", help="open the run or pretrained weights of this preset's name; default: sdsen"
     )

@@ -1,1 +1,1 @@
-"""The ground floor: errors, console, files, images, options, devices, ranks. It imports nothing else of the project."""
+"""What everything else uses: errors, console, files, images, options, devices, ranks."""

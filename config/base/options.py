@@ -126,9 +126,9 @@ def make_parser(options: dict[str, Option], description: str) -> Parser:
             for group in dict.fromkeys(each.group for each in shown):
                 print(f"{group}:", *(each.help() for each in shown if each.group == group), sep="\n")
             if len(shown) < len(options):
-                print(f"{len(options) - len(shown)} more settings: -h all")
+                print(f"{len(options) - len(shown)} more settings: -h all. A setting is changed by --name value.")
             parser.exit()
 
     parser = Parser(description=description, add_help=False)
-    parser.add_argument("-h", "--help", nargs="?", metavar="all", action=Help, help="usual settings, or all")
+    parser.add_argument("-h", "--help", nargs="?", metavar="all", action=Help, help="show the usual settings, or all")
     return parser

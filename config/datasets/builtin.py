@@ -1,4 +1,4 @@
-"""The built-in set: synthetic rain on photographs that scikit-image carries, to try everything without a download."""
+"""The built-in set: synthetic rain on photographs that come with scikit-image, to try everything without a download."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The one door for whole images of any size: chooses strips or windows."""
+"""Whole images of any size through a network: chooses strips or windows."""
 
 from collections.abc import Callable, Iterator
 

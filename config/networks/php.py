@@ -81,9 +81,9 @@ _loss = partial(option, group="Loss php", usual=False, minimum=0)
 class PHPSettings:
     """The settings of this network and its loss; `settings.Settings` inherits them. `refined` is in coarse2fine too."""
 
-    block: str = _network("php", "what a level is made of", choices=(*DILATIONS, "non_local"))
+    block: str = _network("php", "block of a pyramid level", choices=(*DILATIONS, "non_local"))
     pooling: str = _network("contrast", "pooling of the rainy image for the levels", choices=tuple(POOLINGS))
-    lowpass_sigma: float = _loss(1.7, "low-pass filter of the ground truth for X^c, pixels; 0: off")
+    lowpass_sigma: float = _loss(1.7, "sigma of the low-pass filter of X^c's ground truth, pixels; 0: off")
     colour_weight: float = _loss(0.1, "weight of the colour term")
     segmentation_weight: float = _loss(0.05, "weight of the segmentation term, if there are labels")
 

@@ -35,8 +35,10 @@ def main(words: list[str]) -> int:
     parser = Parser(prog="main.py -a tables", description="List, run, pack or render the rows of the paper's tables.")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="rows to train and test, or `all`")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once; default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=0.0, help="save and stop after so many; default: never")
-    parser.add_argument("--take", type=Path, metavar="FILE", help="first unpack the runs of an archive")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="save and stop after this many minutes; default: never"
+    )
+    parser.add_argument("--take", type=Path, metavar="FILE", help="unpack the runs of an archive first")
     what = "archive from which runs resume: with --run, kept current; without it, of every run of a row"
     parser.add_argument("--pack", type=Path, metavar="FILE", help=what)
     parser.add_argument("--write", action="store_true", help="render the tables of README.md and docs/RESULTS.md")
