@@ -57,7 +57,7 @@ def compute_dtype(precision: str, device: torch.device, training: bool = False) 
 def autocast(precision: str, device: torch.device, training: bool = False) -> AbstractContextManager:
     """Within this, convolutions compute in `compute_dtype`; weights and images stay float32."""
     dtype = compute_dtype(precision, device, training)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

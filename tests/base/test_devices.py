@@ -175,3 +175,13 @@ def test_autocast_is_not_around_who_takes_the_stages():
     assert [torch.is_autocast_enabled("cpu") for _ in restored] == [False, False]
     assert not torch.is_autocast_enabled("cpu")
     assert inside == [False, True] * 2  # the first convolution computes in float32
+
+
+def test_autocast_keeps_no_copies_of_weights():
+    """Fused optimizers write weights without raising their version counter: a cached copy would be stale."""
+    layer, x = torch.nn.Conv2d(3, 3, 3, bias=False), torch.rand(1, 3, 8, 8)
+    with devices.autocast("bf16", CPU):
+        before = layer(x)
+        layer.weight.data.mul_(2)
+        after = layer(x)
+    assert torch.equal(after, 2 * before)
