@@ -14,7 +14,7 @@ import losses
 import model
 import reference
 from base.devices import autocast
-from fast import graphs, native
+from fast import graphs, winograd
 from main import record_step, train_step
 from runs.optimization import can_record, make_optimizer
 from runs.restore import Restoring, restore
@@ -73,7 +73,7 @@ def make(kind: str, name: str, settings: Settings, device: torch.device, size: t
             if kind != "training":
                 stack.enter_context(torch.no_grad())
             if not variant.compiler:
-                stack.enter_context(mock.patch.object(native, "library", return_value=None))
+                stack.enter_context(mock.patch.object(winograd, "library", return_value=None))
             if variant.plain:
                 stack.enter_context(autocast(settings.precision, device))
             return run()

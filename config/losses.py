@@ -1,7 +1,4 @@
-"""Losses of the paper's stages, and `build`, which also knows those of the other networks.
-
-A loss is a module that maps the rain layers of all stages to a dict of named terms: see networks/terms.py.
-"""
+"""Losses of the paper's stages, and `build`, which also knows those of the other networks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +12,8 @@ import cal_ssim
 from base.console import log
 from base.devices import without_autocast
 from networks import php
+from networks.base import Terms, by_stage, charbonnier
 from networks.coarse2fine import Coarse2FineLoss
-from networks.terms import Terms, by_stage, charbonnier
 from settings import Settings
 
 CHARBONNIER = 1e-3  # epsilon of the stage loss of that name
@@ -39,8 +36,7 @@ class StageLoss(nn.Module):
         self.name, self.last_only = name, last_only
 
     def forward(self, rain_layers: list[Tensor], O: Tensor, B: Tensor, labels: Tensor | None = None) -> Terms:
-        """`rain_layers`, `O` and `B` are (N, 3, H, W); `labels` are for other losses."""
-        with without_autocast(O):  # SSIM subtracts nearly equal numbers
+        with without_autocast(O):  # rain_layers, O, B (N, 3, H, W); SSIM subtracts nearly equal numbers
             losses = [STAGE_LOSSES[self.name](R, O, B) for R in rain_layers]
         return {"loss": losses[-1] if self.last_only else torch.stack(losses).sum(), **by_stage(losses)}
 

@@ -33,11 +33,6 @@ def _with_activation(convolution: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv0=convolution, relu=nn.LeakyReLU(SLOPE)))
 
 
-def _everywhere(constant: Tensor, x: Tensor) -> Tensor:
-    """The values (C) of channels that are constant, in a shape to add to `x` (N, C, 4, H, W) or (N, C, H, W)."""
-    return constant.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-
-
 class SEBlock(nn.Module):
     """Squeeze and excitation: weighs each channel of (N, C, H, W) by its attention value (section 2.1)."""
 
@@ -102,33 +97,26 @@ class DSEN(Network):
         self.re_layer = nn.ModuleList(_convolution(inner, inputs, channel) for _ in layers)
         if link != "none":
             self.connect_layers = nn.ModuleList(_with_activation(_convolution(inner, channel, channel)) for _ in layers)
-        if aggregation == "conv":
-            aggregate = _convolution(AggregationConv2d, orientations * channel, channel)
-        else:
-            aggregate = Aggregation(aggregation)
+        is_conv = aggregation == "conv"
         self.dec = nn.Sequential(
-            aggregate,
+            _convolution(AggregationConv2d, orientations * channel, channel) if is_conv else Aggregation(aggregation),
             SEBlock(channel, channel // 2) if use_se else nn.Identity(),
             nn.LeakyReLU(SLOPE, inplace=True),
             nn.Conv2d(channel, 3, 1),
         )
 
-    @property
-    def output_num(self) -> int:
-        return self.stage_num
+    output_num = property(lambda self: self.stage_num)
 
     def _layer(self, index: int, x: Tensor, state: Tensor | None) -> Tensor:
-        """Layer `index` with its residual, from its input `x` and, through its connection, its state; shape of `x`.
-
-        The states before stage 1 are zeros, so their connection is LeakyReLU(bias) everywhere.
-        """
+        """Layer `index` with its residual, from its input `x` and, through its connection, its state; shape of `x`."""
         layer = self.re_layer[index]
         if self.link == "none":
             return layer(x) + x
         connection = self.connect_layers[index]
-        constant = F.leaky_relu(connection.conv0.bias, SLOPE) if state is None else None
+        # The states before stage 1 are zeros, so their connection is LeakyReLU(bias) everywhere.
+        constant = F.leaky_relu(connection.conv0.bias, SLOPE) if state is None else None  # (C)
         if self.link == "add":
-            x = x + (_everywhere(constant, x) if state is None else connection(state))
+            x = x + (constant.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)) if state is None else connection(state))
             return layer(x) + x
         return (layer(x, constant=constant) if state is None else layer(x, connection(state))) + x
 
@@ -146,15 +134,11 @@ class DSEN(Network):
         for index in range(len(self.re_layer)):
             x = F.leaky_relu_(self._layer(index, x, states[index]), SLOPE)
             new_states.append(x)
-        aggregate, *_ = self.dec
         # Orientation pooling does not keep channels-last memory.
-        return aggregate(x).to(image.dtype).contiguous(memory_format=torch.channels_last), new_states
+        return self.dec[0](x).to(image.dtype).contiguous(memory_format=torch.channels_last), new_states
 
     def rain_layer(self, features: Tensor, means: Tensor | None = None) -> Tensor:
-        """The rest of a stage: aggregated features (N, C, H, W) to the rain layer (N, 3, H, W).
-
-        `means` (N, C) are those of the whole image's features, if `features` are of a part of it.
-        """
+        """The rest of a stage: features (N, C, H, W) to the rain layer (N, 3, H, W); `means` as in `SEBlock`."""
         _, se, activation, last = self.dec
         with without_autocast(features):
             if isinstance(se, SEBlock):
@@ -166,8 +150,7 @@ class DSEN(Network):
 
         `stage_num` runs fewer stages, or more, than the network was built with.
         """
-        if O.dim() != 4 or O.shape[1] != 3:
-            raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
+        self.check(O)
         stage, rain_layers, image, states = self._optimized_stage(), [], O, [None] * len(self.re_layer)
         for _ in range(stage_num or self.stage_num):
             R, states = stage(image, states)  # R (N, 3, H, W), each state (N, C, 4, H, W)
@@ -209,9 +192,7 @@ def build(settings: Settings | str) -> Network:
     arguments = inspect.signature(kind).parameters
     for name in NETWORK_FIELDS[1:]:
         if name not in arguments and getattr(settings, name) != FIELDS[name].default:
-            raise BadArgument(
-                f"{name} is no setting of the network {settings.network}, which has {', '.join(arguments)}"
-            )
+            raise BadArgument(f"{name} is no setting of network {settings.network}, which has {', '.join(arguments)}")
     return kind(**{name: getattr(settings, name) for name in arguments})
 
 

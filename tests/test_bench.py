@@ -23,7 +23,7 @@ import workloads
 from base.errors import BadArgument, LostProcess, UserError
 from base.files import ROOT
 from conftest import GOLDEN
-from fast import native
+from fast import winograd
 from runs import checkpoints
 from settings import resolve
 
@@ -213,7 +213,7 @@ def test_every_variant_does_the_same_step(name):
 
 def test_the_variant_without_a_compiler_has_no_library(monkeypatch):
     found = []
-    monkeypatch.setattr(workloads, "train_step", lambda *_, **__: found.append(native.library()) or {"loss": 0.0})
+    monkeypatch.setattr(workloads, "train_step", lambda *_, **__: found.append(winograd.library()) or {"loss": 0.0})
     workloads.make("training", "float32 without a C++ compiler", SETTINGS, CPU, (4, 16))()
     assert found == [None]
 

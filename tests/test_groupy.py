@@ -108,13 +108,3 @@ def test_gradients_after_an_evaluation():
 def test_input_that_does_not_fit(cls, shape, expected):
     with pytest.raises(ValueError, match=f"{cls.__name__}.*{expected}"):
         cls(2, 2, 3)(torch.zeros(shape))
-
-
-def test_input_on_another_device():
-    with pytest.raises(ValueError, match=r"cpu.*meta"):
-        P4ConvZ2(2, 2, 3)(torch.zeros(1, 2, 8, 8, device="meta"))
-
-
-def test_kernel_that_is_not_square():
-    with pytest.raises(ValueError, match=r"\(3, 5\)"):
-        P4ConvZ2(2, 2, (3, 5))

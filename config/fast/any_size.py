@@ -8,16 +8,13 @@ from torch import Tensor, nn
 from fast import strips, windows
 from fast.memory import MemoryBudget
 
+Tick = Callable[[float], object]
 COPIES = 4  # of the image: the input of a stage, its rain layer, and the caller's own
 
 
 @torch.no_grad()
 def rain_layers(
-    network: nn.Module,
-    O: Tensor,
-    stage_num: int | None = None,
-    memory_gib: float = 0.0,
-    tick: Callable[[float], object] = lambda share: None,
+    network: nn.Module, O: Tensor, stage_num: int | None = None, memory_gib: float = 0, tick: Tick = lambda share: None
 ) -> Iterator[Tensor]:
     """The rain layers R_t (3, H, W), one after another, of one rainy image `O` (3, H, W) in [0, 1].
 
@@ -29,7 +26,7 @@ def rain_layers(
     stage_num = stage_num or network.output_num
     by_stage = network.features_halo is not None
     memory = MemoryBudget(memory_gib)
-    memory.reserve(O.nbytes * (COPIES if by_stage else COPIES - 1 + stage_num))
+    memory.left -= O.nbytes * (COPIES if by_stage else COPIES - 1 + stage_num)
     if by_stage and strips.fit(network, O):
         yield from _by_stage(network, O, strips.Strips(network, O, memory), stage_num, tick)
         return
@@ -48,11 +45,11 @@ def rain_layers(
 
 
 def _by_stage(
-    network: nn.Module, O: Tensor, parts: strips.Strips | windows.Windows, stage_num: int, tick: Callable
+    network: nn.Module, O: Tensor, parts: strips.Strips | windows.Windows, stage_num: int, tick: Tick
 ) -> Iterator[Tensor]:
     """The same from `parts` of the image, all of which go through a stage before the next stage starts."""
     for t in range(stage_num):
-        for share in parts.stage(first=t == 0, last=t == stage_num - 1):
+        for share in parts.stage(last=t == stage_num - 1):
             tick(share / stage_num)
         features = parts.features.permute(2, 0, 1)[None]  # (H, W, C) -> (1, C, H, W), channels-last
         means = features.mean((-2, -1)).to(O.device)

@@ -1,8 +1,7 @@
-"""CUDA graphs: a function's kernels are recorded once and then replayed, all launched at once.
+"""CUDA graphs: a function's kernels, which Python would launch one by one, are recorded once and then replayed.
 
-A small network on a fast GPU otherwise waits for Python, which launches some hundred kernels one by one. A graph
-repeats the same kernels on the same memory, so it needs inputs of one shape and weights that stay at their addresses:
-an optimiser may change them, but they must not be replaced.
+A graph repeats the same kernels on the same memory, so it needs inputs of one shape and weights that stay at their
+addresses: an optimiser may change them, but they must not be replaced.
 """
 
 import warnings
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from base.console import log
 from base.devices import autocast_dtype, empty_cache, is_out_of_memory
 
-WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled; see _no_waiting
+WARM_UP = 3  # calls before the recording, in which libraries load their kernels and code is compiled
 SEEN_BEFORE = 2  # images of a shape that are computed without a graph; from the next on a graph pays
 MAX_SHAPES = 8  # that graphs are kept for
 MAX_PIXELS = 2**20  # of an image; a larger one keeps the GPU busy anyway, and its graph would keep much memory
@@ -33,17 +32,15 @@ class Replay:
     """
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        examples: Sequence[Tensor],
-        parameters: Sequence[nn.Parameter] = (),
-        pool: tuple | None = None,
+        self, function: Callable, examples: Sequence[Tensor], parameters: Sequence[Tensor] = (), pool: Any = None
     ):
         with torch.inference_mode(False):  # or they could only be replayed in inference mode
             self.inputs = [x.clone() for x in examples]
-        self.parameters = parameters
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device_of(examples[0]), _without_autocast_cache():
+        self.parameters, self.graph = parameters, torch.cuda.CUDAGraph()
+        kind, dtype = examples[0].device.type, autocast_dtype(examples[0])
+        # 16-bit copies of weights are made at each use: those in autocast's cache end with it.
+        uncached = torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
+        with torch.cuda.device_of(examples[0]), uncached:
             self._record(function, pool)
         self.gradients = [parameter.grad for parameter in parameters]
 
@@ -79,8 +76,7 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
 def _no_waiting() -> Iterator[None]:
     """Within this, an operation that waits for the GPU, and so cannot be recorded, is a RuntimeError.
 
-    No recording may fail: up to 2.12, PyTorch then believes that it still goes on, and never frees cached memory again,
-    neither when memory is short nor by `torch.cuda.empty_cache`.
+    No recording may fail: up to 2.12, PyTorch then never frees cached memory again.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
@@ -92,23 +88,8 @@ def _no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Within this, 16-bit copies of weights are made at each use: those in autocast's cache end with it."""
-    before = torch.is_autocast_cache_enabled()
-    torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 class Replays:
-    """`function` of an image and the number of stages, with a graph for each shape that is frequent enough.
-
-    The outputs are lists of tensors that the caller may keep.
-    """
+    """`function` of an image and the number of stages, with graphs for frequent shapes; the caller owns the outputs."""
 
     def __init__(self, function: Callable[[Tensor, int], list[Tensor]]):
         self.function = function
@@ -123,8 +104,7 @@ class Replays:
         if small and self.seen[key] > SEEN_BEFORE and key not in self.graphs and len(self.graphs) < self.max_shapes:
             self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all, as outputs are copied
             self.graphs[key] = record(lambda x: self.function(x, stage_num), [image], pool=self.pool)
-        replay = self.graphs.get(key)
-        if replay is not None:
+        if replay := self.graphs.get(key):
             return [output.clone() for output in replay(image)]
         try:
             return self.function(image, stage_num)
@@ -142,7 +122,7 @@ def record(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Re
     try:
         return Replay(function, *arguments, **keywords)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0]
     torch.cuda.synchronize()
     log.warning(f"no CUDA graph, kernels are launched one by one: {reason}")
     return None

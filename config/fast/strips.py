@@ -2,10 +2,7 @@
 
 All layers follow one another through the image, each four rows behind the one before it, so that nothing is computed
 twice and nothing but the states, which pass from stage to stage, is kept whole. A state is stored as the output of its
-connection, the form in which the next stage reads it; the connection of layer l then has the same input as layer l + 1.
-States are overwritten in place: rows are written only after the layer that reads them has passed.
-The squeeze-and-excitation block needs the mean of the whole image; it stands at the end of a stage, so that a stage is
-one pass.
+connection, which has the same input as the next layer. States are overwritten after the layer that reads them.
 """
 
 from collections.abc import Iterator
@@ -15,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.devices import autocast_dtype
-from fast import native
+from fast import winograd
 from fast.memory import MemoryBudget
 from fast.winograd import HALO, KERNEL, TILE, convolve_bands, from_band, tiles, to_band, transform_filters
 
@@ -29,8 +26,8 @@ def fit(network: nn.Module, O: Tensor) -> bool:
         O.device.type == "cpu"
         and O.dtype == network.pre_layer.conv0.weight.dtype == torch.float32
         and autocast_dtype(O) is None
-        and network.dec[-1].in_channels >= native.CHANNELS
-        and native.library() is not None
+        and network.dec[-1].in_channels >= winograd.CHANNELS
+        and winograd.library() is not None
     )
 
 
@@ -44,7 +41,8 @@ class Strips:
         self.image_rows = TILE * tiles(self.height)
         self.columns = tiles(self.width)
         self.rows = min(self.image_rows, TILE * max(1, round(STRIP_TILES / self.columns)))
-        self.layers, self.connections = _layers(network), _connections(network)
+        links = network.connect_layers if network.link != "none" else []
+        self.layers, self.connections = _layers(network), [_matrices(link.conv0) for link in links]
         filters, self.first_bias = network.pre_layer.conv0.make_filters()
         self.first_filters = filters.contiguous(memory_format=torch.channels_last)
         channels, depth = filters.shape[0], len(network.re_layer)
@@ -54,19 +52,17 @@ class Strips:
         self.image = O.new_zeros(self.height + 2 * HALO, self.width, 3)  # (H + 4, W, 3), zeros above and below
         self.set_image(O)
         self.features = memory.zeros(self.height, self.width, network.dec[-1].in_channels)  # output of dec[0]
-        self.states = None
-        if network.link != "none":
-            self.states = memory.zeros(depth, self.image_rows + 2 * HALO, TILE, self.columns + 2, channels)
-            for state, connection in zip(self.states, network.connect_layers, strict=True):
-                # The states before stage 1 are zeros; their connection is LeakyReLU(bias) everywhere in the image.
-                state[HALO:-HALO, :, 1:-1] = F.leaky_relu(connection.conv0.make_filters()[1], self.slope)
-                self._clear_outside(state[HALO:-HALO], self.image_rows)
+        self.states = memory.zeros(len(links), self.image_rows + 2 * HALO, TILE, self.columns + 2, channels)
+        for state, (_, bias) in zip(self.states, self.connections, strict=True):
+            # The states before stage 1 are zeros; their connection is LeakyReLU(bias) everywhere in the image.
+            state[HALO:-HALO, :, 1:-1] = F.leaky_relu(bias, self.slope)
+            self._clear_outside(state[HALO:-HALO], self.image_rows)
 
     def set_image(self, image: Tensor) -> None:
         """The input (3, H, W) of the next stage."""
         self.image[HALO:-HALO] = image.permute(1, 2, 0)
 
-    def stage(self, first: bool, last: bool) -> Iterator[float]:
+    def stage(self, last: bool) -> Iterator[float]:
         """One stage, which updates features and states; yields the share of its work done, after every strip."""
         self.x.zero_()
         strips = range(0, self.image_rows + LAG * len(self.layers), self.rows)  # to the end of the last layer
@@ -87,10 +83,7 @@ class Strips:
             to_band(F.leaky_relu_(x, self.slope)[0].permute(1, 2, 0), band)
 
     def _layer(self, index: int, top: int, last: bool) -> None:
-        """x_{index + 1}, or the features, from x_index, in the strip's rows from `top` on that the image has.
-
-        And the state that x_index leaves to the next stage, if this is not the `last` one.
-        """
+        """x_{index + 1}, or the features, and the state for the next stage from x_index, in the rows from `top` on."""
         to_features = index == len(self.layers) - 1
         band = None if to_features else self._next_rows(index + 1)
         start, end = max(top, 0), min(top + self.rows, self.image_rows)
@@ -101,7 +94,7 @@ class Strips:
             state = self.states[index - 1, HALO + start : HALO + end]
             self._convolve(inputs, *self.connections[index - 1], state, end)
         if not to_features:
-            linked = [] if self.states is None else [self.states[index, start : end + 2 * HALO]]
+            linked = [self.states[index, start : end + 2 * HALO]] if self.connections else []
             self._convolve(inputs + linked, *self.layers[index], band[start - top : end - top], end)
         elif self.layers[index] is not None:
             convolve_bands(inputs, *self.layers[index], self.features[start:end])
@@ -141,15 +134,9 @@ def _layers(network: nn.Module) -> list[tuple[Tensor, Tensor] | None]:
         own = filters.double()[:, :channels] + identity
         linked = {"none": [], "concat": [filters.double()[:, channels:]], "add": [own]}[network.link]
         layers.append((transform_filters(torch.cat([own, *linked], 1)), bias))
-    if not hasattr(network.dec[0], "make_filters"):
-        return [*layers, None]
-    filters, bias = network.dec[0].make_filters()
-    return [*layers, (transform_filters(filters), bias)]
+    return [*layers, _matrices(network.dec[0]) if hasattr(network.dec[0], "make_filters") else None]
 
 
-def _connections(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Matrices and bias of the connections, none in networks without links."""
-    if network.link == "none":
-        return []
-    convolutions = (connection.conv0.make_filters() for connection in network.connect_layers)
-    return [(transform_filters(filters), bias) for filters, bias in convolutions]
+def _matrices(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    filters, bias = layer.make_filters()
+    return transform_filters(filters), bias

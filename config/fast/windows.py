@@ -1,14 +1,12 @@
 """A whole image of any size through a network: at once, or in windows of rows, as small as the memory requires.
 
 An output row depends on some input rows to each side of it, the halo. So a window is computed together with its halo,
-which is then cut off, and the result is that of the whole image.
-
-`through_all_stages` takes a window through all stages of a network. `Windows` takes all windows through one stage of
-DSEN after another: there the halo is that of a stage, `network.features_halo`, and a stage needs the means of its
-features over the whole image. Between the stages, features and states lie in the computer's own memory.
+which is then cut off, and the result is that of the whole image. `through_all_stages` takes a window through all stages
+of a network. `Windows` takes all windows through a stage of DSEN, whose features have a mean over the whole image.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +23,10 @@ MIN_ROWS = 8
 def first_rows(network: nn.Module, O: Tensor, memory: MemoryBudget) -> int:
     """The rows of the first window that is tried; at least the height of `O` (3, H, W) for the whole image."""
     _, height, width = O.shape
-    if O.device.type != "cpu":
+    if O.device.type != "cpu" or network.features_halo is network.halo is None:
         return height
     if network.features_halo is not None:
         return max(MIN_ROWS, CPU_PIXELS // width)
-    if network.halo is None:
-        return height
     rows = max(CPU_PIXELS // width, 2 * network.halo)  # so that at most half of the rows are computed twice
     return max(MIN_ROWS, min(rows, int(memory.left / (network.pixel_bytes * width)) - 2 * network.halo))
 
@@ -39,7 +35,7 @@ def at_once(network: nn.Module, O: Tensor, stage_num: int) -> list[Tensor] | Non
     """The rain layers (3, H, W) of the whole image `O` (3, H, W); None if it does not fit into the device's memory."""
     _, height, width = O.shape
     last_try = height <= MIN_ROWS or network.features_halo is network.halo is None
-    found = _unless_out_of_memory(lambda: network.at_once(O[None], stage_num), O.device, last_try)
+    found = _unless_out_of_memory(network.at_once, (O[None], stage_num), O.device, last_try)
     if found is None:
         log.info(f"{width}x{height} pixels do not fit into the memory of {O.device} at once: in windows of rows")
         return None
@@ -50,22 +46,18 @@ def through_all_stages(
     network: nn.Module, O: Tensor, stage_num: int, rows: int, tick: Callable[[float], object]
 ) -> Iterator[Tensor]:
     """The rain layers (3, H, W) of `O` (3, H, W) from windows of `rows` rows that go through all stages."""
-    height, halo, stride = O.shape[1], network.halo, network.stride
+    height, stride = O.shape[1], network.stride
     rain_layers = torch.empty(stage_num, *O.shape, dtype=O.dtype, device=O.device)
-    top = 0
-    while top < height:
-        rows = max(stride, rows // stride * stride)
-        low, high, end = max(0, top - halo) // stride * stride, min(height, top + rows + halo), min(top + rows, height)
-        window = O[None, :, low:high]
-        found = _unless_out_of_memory(lambda: network(window, stage_num), O.device, rows <= MIN_ROWS)  # noqa: B023
-        if found is None:
-            rows = max(MIN_ROWS, rows // 2)
-            log.debug(f"in windows of {rows} rows")
-            continue
+
+    def window(top: int, end: int) -> list[Tensor]:
+        low = max(0, top - network.halo) // stride * stride
+        found = network(O[None, :, low : end + network.halo], stage_num)
+        return [R[0, :, top - low : end - low] for R in found]
+
+    for top, end, _, found in _in_windows(window, height, rows, O.device, stride):
         for R, part in zip(rain_layers, found, strict=True):
-            R[:, top:end] = part[0, :, top - low : end - low]
+            R[:, top:end] = part
         tick((end - top) / height)
-        top = end
     yield from rain_layers
 
 
@@ -77,73 +69,69 @@ class Windows:
         self.O, self.image = O, O.cpu()
         self.rows = rows  # of a window; halved if it is too large
         self.features: Tensor | None = None  # (H, W, C), on the CPU as all that is kept
-        self.states: list[Tensor] = []  # of each layer, (H, W, planes)
+        self.states: list[Tensor] = []  # of each layer, (H, W, C, 4), or (H, W, C) in ordinary networks
+        self.above: list[Tensor] = []  # the previous stage's states in the halo above a window
         self.filters = filters_of(network)  # of all windows and stages
-        self.state_shape: tuple[int, ...] = ()  # of a pixel's planes: (C, 4), or (C,) in ordinary networks
 
     def set_image(self, image: Tensor) -> None:
-        """The input (3, H, W) of the next stage."""
-        self.image = image.cpu()
+        self.image = image.cpu()  # the input (3, H, W) of the next stage
 
-    def stage(self, first: bool, last: bool) -> Iterator[float]:
+    def stage(self, last: bool) -> Iterator[float]:
         """One stage, which updates features and states; yields the share of its work done, after every window."""
         height, halo = self.O.shape[1], self.network.features_halo
-        above = None if first else [state[:0] for state in self.states]  # the old states of the halo's rows
-        top = 0
-        while top < height:
-            end = min(top + self.rows, height)
-            found = _unless_out_of_memory(
-                lambda: self._window(top, end, above),  # noqa: B023
-                self.O.device,
-                self.rows <= MIN_ROWS,
-            )
-            if found is None:
-                self.rows = max(MIN_ROWS, self.rows // 2)
-                log.debug(f"in windows of {self.rows} rows")
-                continue
-            features, states = found
+        self.above = [state[:0] for state in self.states]
+        for top, end, rows, (features, *states) in _in_windows(self._window, height, self.rows, self.O.device):
+            self.rows = rows
             if self.features is None:
-                self.features = self._whole(features)
+                self.features, *self.states = (
+                    self.memory.zeros(height, *x.shape[1:], dtype=x.dtype)
+                    for x in (features, *([] if last else states))
+                )
             self.features[top:end] = features
-            if above is not None:
-                both = zip(above, self.states, strict=True)
-                above = [torch.cat([a, state[max(top, end - halo) : end]])[-halo:] for a, state in both]
-            if not last and self.network.link != "none":
-                self.states = self.states or [self._whole(state) for state in states]
-                for state, new in zip(self.states, states, strict=True):
-                    state[top:end] = new
+            if self.above:
+                both = zip(self.above, self.states, strict=True)
+                self.above = [torch.cat([a, state[max(top, end - halo) : end]])[-halo:] for a, state in both]
+            for state, new in zip(self.states, [] if last else states, strict=False):
+                state[top:end] = new
             self.memory.release()
             yield (end - top) / height
-            top = end
 
-    def _window(self, top: int, end: int, above: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Rows `top` to `end` of the features and of the new states, each (rows, W, planes) on the CPU."""
-        halo = self.network.features_halo
-        low, high = max(top - halo, 0), min(end + halo, self.O.shape[1])
+    def _window(self, top: int, end: int) -> list[Tensor]:
+        """Rows `top` to `end` of the features and of the new states, each (rows, W, ..) on the CPU."""
+        low, high = max(top - self.network.features_halo, 0), end + self.network.features_halo
         states: list[Tensor | None] = [None] * len(self.network.re_layer)
-        if above:
-            both = zip(above, self.states, strict=True)
+        if self.above:
+            both = zip(self.above, self.states, strict=True)
             windows = (torch.cat([a, state[top:high]]).to(self.O.device) for a, state in both)
-            states = [window.permute(2, 0, 1)[None].unflatten(1, self.state_shape) for window in windows]
+            states = [window.movedim((0, 1), (-2, -1))[None] for window in windows]  # (1, C, 4, h, W)
         image = self.image[None, :, low:high].to(self.O.device).contiguous(memory_format=torch.channels_last)
         with shared_filters(self.filters):
             features, states = self.network.features(image, states)
-        self.state_shape = states[0].shape[1:-2]
-
-        def inner(x: Tensor) -> Tensor:  # (1, C, 4, h, W) or (1, C, h, W) to (rows, W, planes)
-            return x.flatten(1, -3)[0, :, top - low : end - low].permute(1, 2, 0).cpu()
-
-        return inner(features), [inner(state) for state in states] if self.network.link != "none" else []
-
-    def _whole(self, part: Tensor) -> Tensor:
-        """Zeros (H, W, planes) for what `part` (rows, W, planes) is a part of."""
-        return self.memory.zeros(self.O.shape[1], *part.shape[1:], dtype=part.dtype)
+        kept = [features, *states] if self.network.link != "none" else [features]
+        return [x[0].movedim((-2, -1), (0, 1))[top - low : end - low].cpu() for x in kept]
 
 
-def _unless_out_of_memory(compute: Callable, device: torch.device, last_try: bool):
+def _in_windows(
+    compute: Callable[[int, int], Any], height: int, rows: int, device: torch.device, stride: int = 1
+) -> Iterator[tuple[int, int, int, Any]]:
+    """(top, end, rows, compute(top, end)) of each window; `rows`, a multiple of `stride`, is halved where too large."""
+    top = 0
+    while top < height:
+        rows = max(stride, rows // stride * stride)
+        end = min(top + rows, height)
+        found = _unless_out_of_memory(compute, (top, end), device, rows <= MIN_ROWS)
+        if found is None:
+            rows = max(MIN_ROWS, rows // 2)
+            log.debug(f"in windows of {rows} rows")
+        else:
+            yield top, end, rows, found
+            top = end
+
+
+def _unless_out_of_memory(compute: Callable, arguments: tuple, device: torch.device, last_try: bool) -> Any:
     """The result of `compute`; None if the device's memory is too small for it, except on the last try."""
     try:
-        return compute()
+        return compute(*arguments)
     except RuntimeError as error:
         if last_try or not is_out_of_memory(error):
             raise

@@ -177,7 +177,7 @@ void scatter(const Images *outputs, Index count, Index n, Index r, Index t, cons
     }
 }
 
-// Wide vectors where all have as many channels as lanes, else narrow ones, which they must fill (native.CHANNELS).
+// Wide vectors where all have as many channels as lanes, else narrow ones, which they must fill (winograd.CHANNELS).
 bool wide(const Images *images, Index count) {
     for (Index k = 0; k < count; k++)
         if (images[k].channels < LANES) return false;

@@ -1,4 +1,4 @@
-"""The interface of all networks: what loops, viewer and benches may ask of one, whichever it is."""
+"""What all networks and their losses share: what loops, viewer and benches may ask of one, whichever it is."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 COUNTED_SIDE = 64  # of the image on which multiplications are counted, pixels
+
+# A loss maps the rain layers of all stages to named terms: `loss` is what is minimised, `stage_t/loss` stage t's part.
+Terms = dict[str, Tensor]
+
+
+def charbonnier(difference: Tensor, epsilon: float) -> Tensor:
+    """Mean of a smooth absolute value: square below `epsilon`, linear above."""
+    return (difference.square() + epsilon**2).sqrt().mean()
+
+
+def by_stage(losses: list[Tensor]) -> Terms:
+    return {f"stage_{t}/loss": loss for t, loss in enumerate(losses, 1)}
 
 
 class Network(nn.Module):
@@ -18,16 +30,19 @@ class Network(nn.Module):
 
     output_num: int  # rain layers that `forward` returns
     halo: int | None = None  # pixels to each side of one that its last rain layer depends on; None: all of them
-    features_halo: int | None = (
-        None  # the same of a stage's features, in networks that can be cut between stages (DSEN)
-    )
+    features_halo: int | None = None  # the same of a stage's features, if it can be cut between stages (DSEN)
     stride = 1  # an image that is cut into windows must be cut at multiples of it
     pixel_bytes = 0  # memory that `forward` takes without gradients, per pixel
 
-    def __init__(self):
-        super().__init__()
-        self.cuda_graphs = True  # whether `graphs.replaying` may record it
-        self.checkpoint_activations = False  # recompute parts of it for the gradients, instead of keeping activations
+    cuda_graphs = True  # whether `graphs.replaying` may record it
+    checkpoint_activations = False  # recompute parts of it for the gradients, instead of keeping activations
+
+    def check(self, O: Tensor, stage_num: int = 1) -> None:
+        """Raise ValueError where `O` is not (N, 3, H, W), or there is no rain layer `stage_num`."""
+        if O.dim() != 4 or O.shape[1] != 3:
+            raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
+        if stage_num not in range(1, self.output_num + 1):
+            raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
 
     def checkpointed(self, part: Callable) -> Callable:
         """`part`, a function of tensors, which keeps no activations if `checkpoint_activations` is on."""
@@ -46,16 +61,14 @@ class Network(nn.Module):
 
     def macs_per_pixel(self) -> int:
         """Multiply-accumulates of the convolutions per pixel of the image, all stages."""
-        counted = 0
+        counted, macs = [], self.convolutions()
 
         def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            nonlocal counted
-            counted += macs[module] * output.shape[-2] * output.shape[-1]
+            counted.append(macs[module] * output.shape[-2] * output.shape[-1])
 
-        macs = self.convolutions()
         hooks = [layer.register_forward_hook(count) for layer in macs]
         with torch.no_grad():
             self(torch.zeros(1, 3, COUNTED_SIDE, COUNTED_SIDE, device=next(self.parameters()).device))
         for hook in hooks:
             hook.remove()
-        return round(counted / COUNTED_SIDE**2)
+        return round(sum(counted) / COUNTED_SIDE**2)

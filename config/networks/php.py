@@ -1,12 +1,11 @@
 """The intensity-aware network (PHP: parallel and hierarchical pyramids), its ablations, its loss and its labels.
 
 Sections, figures and equations are those of "Intensity-Aware Single-Image Deraining with Semantic and Color
-Regularization". Its symbols: Y is the rainy image (here O), X^c the image restored by sub-network 1, X that of
-sub-network 2, which adds details.
-
-The paper only says that the initial weights are random. Here they are LeCun normal with zero biases, as SELU needs.
+Regularization". Y is the rainy image (here O), X^c the image restored by sub-network 1, X that of sub-network 2, which
+adds details. Initial weights, random in the paper, are LeCun normal with zero biases here, as SELU needs.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,7 @@ from base.devices import without_autocast
 from base.errors import Mismatch
 from base.images import read_image
 from base.options import option
-from networks.base import Network
-from networks.terms import Terms, by_stage, charbonnier
+from networks.base import Network, Terms, by_stage, charbonnier
 
 CHANNELS = 48  # of the stem and of each level
 LEVELS = BRANCHES = 4  # levels h, and parallel convolutions i in each: k of figure 3
@@ -54,8 +52,7 @@ def _convolution(in_channels: int, out_channels: int, kernel: int = 3, dilation:
     return layer
 
 
-def _activation() -> nn.SELU:
-    return nn.SELU(inplace=True)  # in place: the gradients do not need its input
+_activation = partial(nn.SELU, inplace=True)  # in place: the gradients do not need its input
 
 
 class ContrastAwarePooling(nn.Module):
@@ -89,22 +86,17 @@ class PHPSettings:
 
 
 class Level(nn.Module):
-    """One parallel pyramid, (N, `in_channels`, H, W) -> (N, 48, H, W), figure 3.
+    """One parallel pyramid, (N, `in_channels`, H, W) -> (N, 48, H, W), figure 3; `dilations` from small to large.
 
-    Args:
-        dilations: of the parallel convolutions, which share the 48 channels equally, from small to large.
-        aggregated: sum the convolutions' outputs top-down and reweight them; otherwise only concatenate.
-        residual: add the input.
+    `aggregated`: sum the outputs top-down and reweight them, else concatenate them. `residual`: add the input.
     """
 
     def __init__(self, in_channels: int, dilations: list[int], aggregated: bool, residual: bool):
         super().__init__()
         self.aggregated, self.residual = aggregated, residual
         branch_channels = CHANNELS // len(dilations)
-        self.branches = nn.ModuleList(
-            nn.Sequential(_convolution(in_channels, branch_channels, dilation=dilation), _activation())
-            for dilation in dilations
-        )
+        convolutions = (_convolution(in_channels, branch_channels, dilation=dilation) for dilation in dilations)
+        self.branches = nn.ModuleList(nn.Sequential(convolution, _activation()) for convolution in convolutions)
         self.halo = max(dilations)  # receptive field, pixels to each side
         if aggregated:
             depthwise = partial(_convolution, CHANNELS, CHANNELS, groups=CHANNELS)
@@ -123,27 +115,21 @@ class Level(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Non-local block in place of a level, (N, C, H, W) -> (N, C, H, W).
-
-    The embedded Gaussian form of "Non-local neural networks" (Wang et al., CVPR 2018) with its residual but without its
-    normalisation: this network has none.
-    """
+    """Non-local block (N, C, H, W) in place of a level: Wang et al., CVPR 2018, embedded Gaussian, not normalised."""
 
     halo = None  # the whole image
 
     def __init__(self, channels: int):
         super().__init__()
         self.theta = _convolution(channels, CHANNELS // 2, kernel=1)
-        # No bias: it would add the same to all scores of a pixel, which the softmax ignores.
-        self.phi = _convolution(channels, CHANNELS // 2, kernel=1, bias=False)
+        self.phi = _convolution(channels, CHANNELS // 2, kernel=1, bias=False)  # a bias would not change the softmax
         self.g = _convolution(channels, CHANNELS // 2, kernel=1)
         self.W = _convolution(CHANNELS // 2, channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         # (N, 24, H, W) -> (N, 1, H * W, 24): one head; contiguous, so that PyTorch does not store all (H * W)^2 scores.
-        query, key, value = (
-            f(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.theta, self.phi, self.g)
-        )
+        features = (f(x).flatten(2).transpose(1, 2) for f in (self.theta, self.phi, self.g))
+        query, key, value = (f.unsqueeze(1).contiguous() for f in features)
         y = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # softmax(theta^T phi) g
         return x + self.W(y.squeeze(1).transpose(1, 2).unflatten(2, x.shape[-2:]))  # -> (N, 24, H, W) -> x's shape
 
@@ -159,17 +145,13 @@ class PyramidNetwork(nn.Module):
         if block == "non_local":
             levels, channels = [NonLocal(in_channels) for _ in range(LEVELS)], in_channels
         else:
-            levels, channels = [], CHANNELS
-            for h in range(1, LEVELS + 1):  # level 1 has no residual: its input has more channels
-                first = h == 1
-                dilations = DILATIONS[block](h)
-                levels.append(Level(in_channels if first else CHANNELS, dilations, block == "php", not first))
+            # Level 1 has no residual: its input has more channels.
+            dilations, channels = [DILATIONS[block](h) for h in range(1, LEVELS + 1)], CHANNELS
+            levels = [Level(in_channels, dilations[0], block == "php", residual=False)]
+            levels += [Level(CHANNELS, each, block == "php", residual=True) for each in dilations[1:]]
         self.levels = nn.Sequential(*levels)
-        self.head = nn.Sequential(
-            nn.Upsample(scale_factor=STRIDE, mode="bilinear"),
-            *(_convolution(channels, HIDDEN), _activation()),
-            _convolution(HIDDEN, out_channels, kernel=1),
-        )
+        head = [_convolution(channels, HIDDEN), _activation(), _convolution(HIDDEN, out_channels, kernel=1)]
+        self.head = nn.Sequential(nn.Upsample(scale_factor=STRIDE, mode="bilinear"), *head)
         self.halo = None  # receptive field, pixels to each side; None: the whole image
         if block != "non_local":
             # At full resolution: the head's 3x3 and the bilinear upsampling, 1 each; the stem 2 (1, and 1 from an odd
@@ -186,14 +168,7 @@ class PyramidNetwork(nn.Module):
 
 
 class PHP(Network):
-    """Intensity-aware deraining network, and its variants in table IV.
-
-    Args:
-        block: of the levels: "php", or without top-down sums and reweighting "concatenation", "parallel" (dilations 1
-            to 4 in every level), "hierarchical" (dilation h in level h) or "standard" (no dilation); or "non_local".
-        pooling: of the rainy image for the levels: "contrast" (contrast-aware), "max" or "none".
-        refined: add details with sub-network 2; otherwise X^c is the result (w/o. X).
-    """
+    """Intensity-aware deraining network, and its variants in table IV; the arguments are explained in `PHPSettings`."""
 
     stride = STRIDE
     pixel_bytes = 800  # measured: 500 to 770
@@ -211,15 +186,9 @@ class PHP(Network):
                 self.halo += len(in_channels)
 
     def forward(self, O: Tensor, stage_num: int | None = None) -> list[Tensor]:
-        """Rain layers [O - X^c, O - X] of rainy images `O` (N, 3, H, W) in [0, 1], any H and W, each (N, 3, H, W).
-
-        `stage_num` returns only so many of the `output_num` rain layers.
-        """
-        if O.dim() != 4 or O.shape[1] != 3:
-            raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
+        """The first `stage_num` rain layers of [O - X^c, O - X], each (N, 3, H, W), of `O` (N, 3, H, W) in [0, 1]."""
         output_num = self.output_num if stage_num is None else stage_num
-        if output_num not in range(1, self.output_num + 1):
-            raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")
+        self.check(O, output_num)
         R = self.checkpointed(self.pyramids)(O).to(O.dtype)  # X^c = Y - R; autocast may have made it bfloat16
         rain_layers = [R]
         if output_num > 1:
@@ -227,35 +196,19 @@ class PHP(Network):
         return rain_layers
 
 
-class Segmentation(nn.Module):
-    """Phi of section III-C: images (N, 3, H, W), any H and W, to logits of the classes (N, 19, H, W).
-
-    The architecture of sub-network 1 (section III-D) with its own weights.
-    """
-
-    def __init__(self, classes: int = CLASSES):
-        super().__init__()
-        self.pyramids = PyramidNetwork(classes)
-
-    def forward(self, X: Tensor) -> Tensor:
-        return self.pyramids(X)
-
-
 class PHPLoss(nn.Module):
     """Accuracy, colour and segmentation terms, section III-C, equations 3 to 5.
 
-    Charbonnier loss of X^c against the low-passed ground truth and of X against the ground truth; 1 - cosine of the
-    pixels' colours in X^c and the ground truth; if `labelled`, cross entropy of the classes that a segmentation
-    network, trained along, predicts from X^c.
+    Charbonnier of X^c against the low-passed ground truth and of X against the ground truth; 1 - cosine of the colours;
+    if `labelled`, cross entropy of the classes that a network, trained along, predicts from X^c.
     """
 
-    def __init__(
-        self, refined: bool, sigma: float, colour_weight: float, segmentation_weight: float, labelled: bool = False
-    ):
+    def __init__(self, refined: bool, sigma: float, colour_weight: float, segmentation_weight: float, labelled: bool):
         super().__init__()
         self.refined, self.sigma = refined, sigma
         self.colour_weight, self.segmentation_weight = colour_weight, segmentation_weight
-        self.segmentation = Segmentation() if labelled else None
+        # Phi: images (N, 3, H, W) to logits (N, 19, H, W); sub-network 1 (section III-D) with its own weights.
+        self.segmentation = nn.Sequential(OrderedDict(pyramids=PyramidNetwork(CLASSES))) if labelled else None
 
     def forward(self, rain_layers: list[Tensor], O: Tensor, B: Tensor, labels: Tensor | None = None) -> Terms:
         """`labels` (N, H, W) int64 are the classes of the pixels, or IGNORED."""
@@ -291,22 +244,18 @@ def lowpass(images: Tensor, sigma: float) -> Tensor:
 
 def colour_loss(restored: Tensor, B: Tensor) -> Tensor:
     """1 - mean cosine of the pixels' colours in images (N, 3, H, W); black pixels of `B` count as equal."""
-    lit = B.square().sum(1) > 0
     cosine = F.cosine_similarity(restored, B, dim=1, eps=1e-6)
-    return 1 - torch.where(lit, cosine, 1.0).mean()
+    return 1 - torch.where(B.square().sum(1) > 0, cosine, 1.0).mean()
 
 
 def read_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The classes (H, W) uint8 of an image's pixels from its PNG of labels; all IGNORED if there is none.
-
-    `shape` is (H, W). Raises Mismatch if the PNG has another size or type, or unknown classes.
-    """
+    """The classes (H, W) uint8 from the PNG of labels of an image of `shape` (H, W); all IGNORED if there is none."""
     file = path.parent / LABELS / f"{path.stem}.png"
     if not file.is_file():
         return np.full(shape, IGNORED, np.uint8)
     labels = read_image(file)
-    if labels.shape != shape or labels.dtype != np.uint8:
-        raise Mismatch(f"{file} must be a grey 8-bit image of {shape[1]}x{shape[0]} pixels, as its image is")
-    if not ((labels < CLASSES) | (labels == IGNORED)).all():
-        raise Mismatch(f"{file} has labels other than 0 to {CLASSES - 1} and {IGNORED}")
+    known = labels.dtype == np.uint8 and ((labels < CLASSES) | (labels == IGNORED)).all()
+    if labels.shape != shape or not known:
+        size = f"{shape[1]}x{shape[0]} pixels, as its image is"
+        raise Mismatch(f"{file} must be a grey 8-bit image of {size}, with labels 0 to {CLASSES - 1} or {IGNORED}")
     return labels

@@ -5,7 +5,7 @@ import torch
 
 import model
 from base.devices import autocast
-from fast import native, strips, windows
+from fast import strips, windows, winograd
 from fast.any_size import rain_layers
 from settings import resolve
 from test_model import published
@@ -40,7 +40,7 @@ def ways(monkeypatch):
     return taken
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.skipif(winograd.library() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     ("case", "way"),
     [
@@ -62,7 +62,7 @@ def test_the_way_of_an_image(case, way, ways, monkeypatch):
     if case == "double":
         network, O = network.double(), O.double()
     if case.startswith("no library"):
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(winograd, "library", lambda: None)
     if case.endswith("large"):
         monkeypatch.setattr(windows, "CPU_PIXELS", 24 * 10)
     with torch.no_grad(), autocast("bf16" if case == "bf16" else "float32", CPU):
@@ -85,7 +85,7 @@ def test_published_outputs_one_stage_after_another(name, stages, device):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_fewer_and_more_stages_than_the_networks(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(winograd, "library", lambda: None)
     network, O = make(), torch.rand(3, 20, 20)
     stages = list(rain_layers(network, O, 4))
     assert len(stages) == 4
@@ -110,7 +110,7 @@ def test_a_rain_layer_is_the_callers_to_overwrite(memory_gib, preset):
 @pytest.mark.parametrize("library", [True, False])
 def test_ticks_add_up_to_the_whole_work(library, monkeypatch):
     if not library:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(winograd, "library", lambda: None)
     shares = []
     list(rain_layers(make(), torch.rand(3, 100, 30), tick=shares.append))
     assert sum(shares) == pytest.approx(1)

@@ -49,9 +49,6 @@ def test_the_limit_is_the_whole_process_and_never_more_than_is_free(monkeypatch)
     monkeypatch.setattr(memory, "resident_memory", lambda: GIB)
     assert MemoryBudget(4).left == 3 * GIB
     assert MemoryBudget(100).left == MemoryBudget().left == 10 * GIB * (1 - memory.SPARE)
-    budget = MemoryBudget(4)
-    budget.reserve(3 * GIB)
-    assert budget.left == 0
 
 
 def test_a_full_disk_is_an_error_that_names_the_folder(monkeypatch, tmp_path):

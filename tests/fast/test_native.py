@@ -8,10 +8,10 @@ import torch
 
 import model
 from base.console import log, set_up_log
-from fast import native, winograd
+from fast import winograd
 from fast.any_size import rain_layers
 
-compiled = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+compiled = pytest.mark.skipif(winograd.library() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def one_thread():
 def source(tmp_path, monkeypatch):
     """A copy of the source in a folder of its own, for which nothing has been compiled."""
     source = tmp_path / "winograd.cpp"
-    source.write_bytes(native.SOURCE.read_bytes())
-    monkeypatch.setattr(native, "SOURCE", source)
+    source.write_bytes(winograd.SOURCE.read_bytes())
+    monkeypatch.setattr(winograd, "SOURCE", source)
     return source
 
 
@@ -41,7 +41,7 @@ def test_threads_share_the_work_and_change_nothing(threads, one_thread):
 
     def results():
         pair = [x.permute(0, 2, 3, 1)], gradient.permute(0, 2, 3, 1)
-        return *winograd._convolve([x], matrices, None, [8, 16]), native.matrices_gradient(*pair)
+        return *winograd._convolve([x], matrices, None, [8, 16]), winograd.matrices_gradient(*pair)
 
     *wanted, wanted_gradient = results()
     torch.set_num_threads(threads)
@@ -66,10 +66,10 @@ def test_without_the_library_one_line_says_so_and_the_result_is_the_same(case, s
     with torch.no_grad():
         wanted = list(rain_layers(network, O)), network(O[None])
     capsys.readouterr()
-    monkeypatch.setattr(native, "library", functools.cache(native.library.__wrapped__))
+    monkeypatch.setattr(winograd, "library", functools.cache(winograd.library.__wrapped__))
     with torch.no_grad():
         found = list(rain_layers(network, O)), network(O[None])
-    assert native.library() is None
+    assert winograd.library() is None
     assert capsys.readouterr().out.count("\n") == 1
     for one, other in zip(found, wanted, strict=True):
         assert all((R - S).abs().max() < 1e-5 for R, S in zip(one, other, strict=True))
@@ -77,7 +77,7 @@ def test_without_the_library_one_line_says_so_and_the_result_is_the_same(case, s
 
 @compiled
 def test_the_library_is_compiled_once_and_never_left_half_written(source):
-    build = native.library.__wrapped__
+    build = winograd.library.__wrapped__
     assert build() is not None
     [file] = (source.parent / "__pycache__").iterdir()
     written = file.stat().st_mtime_ns

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import model
-from fast import native, strips
+from fast import strips, winograd
 from fast.any_size import rain_layers
 from presets import PRESETS
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(winograd.library() is None, reason="no C++ compiler")
 OTHERS = ("cnn_da", "cnn_c4da", "sdsen_s2", "sdsen_s6", "sdsen", "mcnn")  # like one of the rest
 NETWORKS = [name for name, preset in PRESETS.items() if name not in OTHERS and "network" not in preset.differences]
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import model
-from fast import native, winograd
+from fast import winograd
 from fast.convolution import Filters, conv2d
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(winograd.library() is None, reason="no C++ compiler")
 
 # (images, channels of each input, channels of the output, height, width)
 SIZES = [
@@ -107,7 +107,7 @@ def test_elsewhere_the_direct_way_is_taken(case, monkeypatch):
     if case == "stride":
         stride = 2
     if case == "no library":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(winograd, "library", lambda: None)
     with torch.autocast("cpu", enabled=case == "autocast"):
         y = conv2d([x], Filters(filters, None, shared=case != "alone"), stride, 2)
     assert type(y.grad_fn).__name__ == ("HalfConvolutionBackward" if case == "autocast" else "ConvolutionBackward0")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks.php import DILATIONS, PHP, Level, NonLocal, PyramidNetwork, Segmentation
+from networks.php import CLASSES, DILATIONS, PHP, Level, NonLocal, PyramidNetwork
 
 # Table IV's networks: arguments, parameters, halo.
 VARIANTS = {
@@ -49,7 +49,7 @@ def test_parameter_counts(variant):
 
 
 def test_parameter_count_of_phi():
-    assert sum(p.numel() for p in Segmentation().parameters()) == 96899
+    assert sum(p.numel() for p in PyramidNetwork(CLASSES).parameters()) == 96899
 
 
 def macs(network, height, width):
@@ -166,8 +166,8 @@ def test_plain_recomputation_of_the_variants(variant, options):
 
 def test_plain_recomputation_of_phi():
     torch.manual_seed(0)
-    phi, X = Segmentation().double(), images(9, 6, batch=2)
-    assert (phi(X) - plain_pyramids(X, phi.pyramids.state_dict())).abs().max() < 1e-12
+    phi, X = PyramidNetwork(CLASSES).double(), images(9, 6, batch=2)
+    assert (phi(X) - plain_pyramids(X, phi.state_dict())).abs().max() < 1e-12
 
 
 def constant_level(biases, residual=False, **options):
@@ -242,7 +242,7 @@ def test_any_size(variant):
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 4), (10, 13)])
 def test_logits_have_the_size_of_the_image(size):
-    assert Segmentation()(images(*size, batch=2, dtype=torch.float32)).shape == (2, 19, *size)
+    assert PyramidNetwork(CLASSES)(images(*size, batch=2, dtype=torch.float32)).shape == (2, 19, *size)
 
 
 def test_fewer_outputs_are_the_first_ones():
@@ -343,7 +343,7 @@ def test_gradients_reach_every_parameter(variant):
 
 def test_gradients_of_phi_reach_every_parameter_and_the_image():
     torch.manual_seed(0)
-    phi, X = Segmentation(), images(10, 12, dtype=torch.float32).requires_grad_()
+    phi, X = PyramidNetwork(CLASSES), images(10, 12, dtype=torch.float32).requires_grad_()
     F.cross_entropy(phi(X), torch.randint(19, (1, 10, 12))).backward()
     assert all(p.grad.abs().max() > 0 for p in phi.parameters())
     assert X.grad.abs().min() > 0
@@ -351,7 +351,7 @@ def test_gradients_of_phi_reach_every_parameter_and_the_image():
 
 def test_initial_weights_are_lecun_normal():
     torch.manual_seed(0)
-    for network in (PHP(), Segmentation(), PHP("non_local")):
+    for network in (PHP(), PyramidNetwork(CLASSES), PHP("non_local")):
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 fan_in = module.weight[0].numel()
