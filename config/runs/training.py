@@ -220,7 +220,7 @@ class Training:
             stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
             log.info(  # paper/results.py reads this line
                 f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
-                f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.1f} s"
+                f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.2f} s"
             )
         self.save(*names)
         self.lap_started += time.monotonic() - started  # validations don't count as training
