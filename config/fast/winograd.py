@@ -71,7 +71,7 @@ def _compile(compiler: Sequence[str], file: Path) -> None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, kept in __pycache__; None, logged, where compiler CXX (c++ by default) cannot build it."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     try:
         if platform.system() != "Linux":
             raise OSError(f"not on {platform.system()}")
