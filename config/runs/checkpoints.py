@@ -72,10 +72,12 @@ def load(path: Path) -> Checkpoint:
 def find(name: str, model_dir: Path) -> Path:
     """The file of a checkpoint: a path, a run (its best, or latest), or a file of `model_dir` (`.pth` may be left off).
 
-    A run of one's own takes precedence over pretrained weights of that name. Raises MissingFile.
+    Relative paths start at the working directory or the repository. A run of one's own takes precedence over pretrained
+    weights of that name. Raises MissingFile.
     """
     folder = model_dir / name
-    for path in (Path(name), folder, folder / "best.pth", folder / "latest.pth", model_dir / f"{name}.pth"):
+    in_folder = (folder, folder / "best.pth", folder / "latest.pth", model_dir / f"{name}.pth")
+    for path in (Path(name), ROOT / name, *in_folder):
         if path.is_file():
             return path
     known = {path.relative_to(model_dir).with_suffix("").parts[0] for path in model_dir.rglob("*.pth")}

@@ -127,6 +127,7 @@ def test_find(tmp_path, monkeypatch):
     assert file(str(tmp_path / "a" / "latest.pth")) == "a/latest.pth"
     monkeypatch.chdir(tmp_path / "a")
     assert checkpoints.find("step_5.pth", tmp_path).samefile(tmp_path / "a" / "step_5.pth")
+    assert checkpoints.find("models/sdsen.pth", tmp_path) == ROOT / "models" / "sdsen.pth"  # as typed in `config`
     with pytest.raises(MissingFile, match="a, b, shipped"):
         checkpoints.find("c", tmp_path)
     with pytest.raises(MissingFile):
