@@ -9,6 +9,7 @@ import torch
 
 import model
 from base.errors import DamagedFile, Mismatch, MissingFile, NotWritable
+from base.files import ROOT
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
 from settings import resolve
