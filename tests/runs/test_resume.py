@@ -69,6 +69,15 @@ def test_a_resume_restores_random_state_best_score_and_seconds(places, tmp_path,
     assert read(tmp_path, "best").step == 1
 
 
+def test_other_validation_pairs_or_another_run_start_the_search_for_the_best_anew(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    folders = {"model_dir": str(tmp_path / "model_dir")}
+    assert choose_start(None, None, folders).checkpoint.best_psnr == read(tmp_path, "latest").best_psnr
+    assert choose_start(None, None, {**folders, "val_images": 1}).checkpoint.best_psnr is None
+    assert choose_start(None, None, {**folders, "data_dir": "elsewhere"}).checkpoint.best_psnr is None
+    assert choose_start(None, "sdsen", {**folders, "run": "other"}).checkpoint.best_psnr is None
+
+
 def clean_images(tmp_path):
     folder = tmp_path / "clean"
     folder.mkdir()

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -63,6 +65,35 @@ def test_the_best_checkpoint_is_written_before_the_state_that_knows_its_score(pl
     monkeypatch.setattr(checkpoints, "save", lambda path, state: saved.append(path.stem))
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     assert saved == ["best", "latest", "step_1"]
+
+
+def test_latest_is_written_when_its_minutes_are_over_and_validation_is_not_counted_as_speed(
+    places, tmp_path, monkeypatch, scripted
+):
+    """On a clock that only steps (40 s) and validations (1000 s) move: a checkpoint every second step."""
+    clock, saved = SimpleNamespace(now=0.0, time=time.time), []
+    clock.monotonic = lambda: clock.now
+    scripted((20, 20), (20, 20))
+    step, validate = main.train_step, training.validate
+
+    def slow_step(*arguments, **keywords):
+        clock.now += 40
+        return step(*arguments, **keywords)
+
+    def slow_validation(*arguments):
+        clock.now += 1000
+        return validate(*arguments)
+
+    for module in (main, training):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(main, "train_step", slow_step)
+    monkeypatch.setattr(training, "validate", slow_validation)
+    monkeypatch.setattr(checkpoints, "save", lambda path, state: saved.append((path.stem, state.step)))
+    words = ["--save_minutes", 1, "--save_steps", 5, "--steps", 6]
+    call("-a", "train", *SMALL, *LONG, *places, *words)
+    assert [number for name, number in saved if name == "latest"] == [2, 4, 5, 6]
+    speeds = [value for _, value in scalars(tmp_path / "log_dir" / "sdsen")["train/images_per_second"]]
+    assert speeds == pytest.approx([2 / 40] * 6)
 
 
 def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, tmp_path):

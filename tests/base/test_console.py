@@ -1,0 +1,20 @@
+"""Ctrl-C and SIGTERM."""
+
+import signal
+
+from base.console import Interrupt
+
+
+def test_a_signal_is_noted_and_its_former_handler_comes_back():
+    received = []
+    former = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with Interrupt() as interrupt:
+            assert not interrupt.requested
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.requested
+        assert not received
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, former)
