@@ -104,6 +104,19 @@ def test_a_run_comes_out_as_it_went_in(here, there, archive):
     assert there.files() == new
 
 
+def test_a_checkpoint_is_read_first_and_written_last(here, there, archive, monkeypatch):
+    """So that one that is cut off, or read during a training, has the files that belong to it, or later ones."""
+    here.make_run(PAPER, 4, best=2)
+    here.pack(archive, PAPER)
+    written, write = [], packing.write_bytes
+    monkeypatch.setattr(packing, "write_bytes", lambda path, data: (written.append(path.name), write(path, data)))
+    there.take(archive)
+    with zipfile.ZipFile(archive) as file:
+        packed = [name.partition("/")[2] for name in file.namelist()]
+    assert packed[:2] == ["latest.pth", "best.pth"]
+    assert written == packed[::-1]
+
+
 def test_a_run_that_is_as_far_stays_and_one_that_is_behind_is_replaced(here, there, archive):
     for name, step in ((PAPER, 4), (SHORT, 4), ("dsen_rain800", 4)):
         here.make_run(name, step, best=step)

@@ -1,5 +1,7 @@
 """Whole images through a network, and the network that a command names."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -39,6 +41,17 @@ def test_open_network_rebuilds_it_from_the_checkpoint(saved):
     O = torch.rand(1, 3, 9, 9)
     for R, other in zip(opened(O), network(O), strict=True):
         assert torch.equal(R, other)
+
+
+def test_open_network_takes_what_concerns_the_command_from_the_command(saved):
+    """Such as the precision, in which the training may have been another one."""
+    folder = saved[1]["model_dir"]
+    trained = {"precision": "bf16", "mirror": True, "cuda_graphs": "on", "device": "mps", "log_dir": "/elsewhere"}
+    settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "run": "tiny", **trained})
+    checkpoints.save(Path(folder) / "tiny" / "latest.pth", Checkpoint(saved[0].state_dict(), 5, settings))
+    opened = open_network(None, "tiny", saved[1]).settings
+    assert all(getattr(opened, name) == getattr(resolve(), name) for name in trained)
+    assert opened.model_dir == folder
 
 
 def test_open_network_by_run_and_with_fewer_stages(saved):

@@ -24,6 +24,8 @@ def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path, optimizer
     call(*words, "--run", "unbroken", "--steps", 4)
     assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
     assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "step_2", "unbroken"))
+    groups = read(tmp_path, "latest", "broken").optimizer["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4] * len(groups))  # SOAP has two
 
 
 def test_synthetic_rain_resumes_too(places, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import fake_graphs
 import main
 import show
 from base.errors import BadArgument, NotFinite, NotWritable, OutOfMemory
-from commands import LONG, OTHERS, SMALL, TINY, call, files, read, read_csv, same_state, same_weights, scalars
+from commands import LONG, OTHERS, SMALL, TINY, call, events, files, read, read_csv, same_state, same_weights, scalars
 from conftest import write_vgg
 from fake_cuda import keep_on_cpu
 from runs import checkpoints, training
@@ -94,6 +95,20 @@ def test_latest_is_written_when_its_minutes_are_over_and_validation_is_not_count
     assert [number for name, number in saved if name == "latest"] == [2, 4, 5, 6]
     speeds = [value for _, value in scalars(tmp_path / "log_dir" / "sdsen")["train/images_per_second"]]
     assert speeds == pytest.approx([2 / 40] * 6)
+
+
+def test_a_training_that_is_stopped_one_step_before_its_last_is_saved_there(places, tmp_path, monkeypatch):
+    step, calls = main.train_step, []
+
+    def step_and_stop(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(main, "train_step", step_and_stop)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 4, "--save_steps", 10)
+    assert (len(calls), read(tmp_path, "latest").step) == (3, 3)
 
 
 def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, tmp_path):
@@ -308,6 +323,12 @@ def test_full_disk_is_one_error(tmp_path, monkeypatch):
         with pytest.raises(NotWritable):
             points.add(2, "train", {"a": 1.0, "b": 2.0})
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == size
+
+
+def test_a_resumed_run_drops_the_points_behind_its_checkpoint_and_no_others(tmp_path):
+    """TensorBoard drops what lies at the step of a start, or behind it."""
+    training.Curves(tmp_path, 7)
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [8]
 
 
 def test_without_tensorboardx_there_is_a_line_and_no_file(tmp_path, monkeypatch):
