@@ -158,6 +158,18 @@ def test_the_validated_score_is_that_of_the_last_stage(places, tmp_path):
     assert read(tmp_path, "latest").best_psnr == pytest.approx(max(v for _, v in curves["val/stage_2/psnr"]), rel=1e-6)
 
 
+def test_validation_pairs_are_spread_over_val(places, monkeypatch):
+    validate, scored = training.validate, []
+
+    def noted(network, criterion, paths, *rest):
+        scored.append([path.name for path in paths])
+        return validate(network, criterion, paths, *rest)
+
+    monkeypatch.setattr(training, "validate", noted)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--val_images", 2)
+    assert scored == [["0.png", "2.png"]]
+
+
 def test_the_averaged_weights_are_validated(places, tmp_path, scripted):
     validated = scripted((20, 20), (20, 20))
     call("-a", "train", *SMALL, *LONG, *places, "--average", 0.5, "--save_steps", 1, "--steps", 2)
