@@ -195,3 +195,11 @@ def test_pairs_are_scored_where_they_are_restored(saved, data_dir, device):
     for pair, other in zip(pairs, score_pairs(network.cpu(), paths, CPU, FLOAT32), strict=True):
         # On a GPU, a pixel here and there differs by a level.
         assert np.abs(pair.scores - other.scores).max() < (0.02 if device.type == "cuda" else 1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_is_in_eval_mode_and_leaves_the_networks_own(saved, data_dir, training):
+    network = saved[0].train(training)
+    for _ in score_pairs(network, list_pairs(data_dir / "val")[:1], CPU, FLOAT32):
+        assert not network.training
+    assert network.training == training
