@@ -14,6 +14,7 @@ from typing import Any
 
 import presets
 from base import options
+from base.console import log
 from base.errors import BadArgument
 from base.files import ROOT
 from base.options import option
@@ -172,7 +173,9 @@ def from_dict(values: dict[str, Any]) -> Settings:
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if known.get("rain") == "rain100h_stepped":
         known["rain"] = "rain100h"
-    known = {name: value for name, value in known.items() if name in FIELDS and FIELDS[name].has_choice(value)}
+    known = {name: value for name, value in known.items() if name in FIELDS}
+    for name in [name for name, value in known.items() if not FIELDS[name].has_choice(value)]:
+        log.warning(f"warning: the checkpoint's {name} {known.pop(name)!r} does not exist here: the default is used")
     if "rain" not in known:
         known.pop("clean_dir", None)  # which is nothing without a style
     return override(Settings(), known)

@@ -33,17 +33,22 @@ def files(folder):
     return sorted(str(path) for path in folder.rglob("*") if path.is_file())
 
 
-def scalars(folder):
-    """{tag: [(step, value), ...]} of the TensorBoard events of a run."""
-    curves = {}
+def events(folder):
+    """The TensorBoard events of a run."""
     for path in sorted(folder.glob("events.*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + length])
+            yield Event.FromString(data[at + 12 : at + 12 + length])
             at += 16 + length
-            for value in event.summary.value:
-                curves.setdefault(value.tag, []).append((event.step, value.simple_value))
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of the TensorBoard events of a run."""
+    curves = {}
+    for event in events(folder):
+        for value in event.summary.value:
+            curves.setdefault(value.tag, []).append((event.step, value.simple_value))
     return curves
 
 

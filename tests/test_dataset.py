@@ -43,13 +43,15 @@ def test_read_whole_pair(data_dir):
 
 
 def test_more_data_are_trained_on_as_they_are_stored(data_dir, tmp_path):
-    """Beside clean images with synthetic rain."""
-    (tmp_path / "more").mkdir()
-    B, O = make_pair(40, 48, seed=70)
-    cv2.imwrite(str(tmp_path / "more" / "far.png"), np.hstack([B, O]))
-    with_more = dataset(data_dir, more_data=(str(tmp_path / "more"),), rain="rain100h", patch_size=40)
+    """Beside clean images with synthetic rain; from several folders."""
+    folders = [tmp_path / "near", tmp_path / "more"]
+    for folder, name, seed in zip(folders, ("near.png", "far.png"), (71, 70), strict=True):
+        folder.mkdir()
+        B, O = make_pair(40, 48, seed=seed)
+        cv2.imwrite(str(folder / name), np.hstack([B, O]))
+    with_more = dataset(data_dir, more_data=tuple(map(str, folders)), rain="rain100h", patch_size=40)
     names = [path.name for path in with_more.paths]
-    assert names == [*(path.name for path in list_pairs(data_dir / "train")), "far.png"]
+    assert names == [*(path.name for path in list_pairs(data_dir / "train")), "near.png", "far.png"]
     where = list(data._order(SETTINGS.seed, 0, len(names))).index(names.index("far.png"))
     rainy, clean = with_more[where]
     crops = [(to_tensor(O[:, x : x + 40]), to_tensor(B[:, x : x + 40])) for x in range(48 - 40 + 1)]

@@ -152,6 +152,16 @@ def test_test_scores_the_image_that_would_be_saved(places, tmp_path, monkeypatch
     assert len(warnings) == 1
 
 
+def test_mean_scores_leave_out_an_image_too_small_for_ssim(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(main.log, "info", lines.append)
+    scores = np.full((2, 2, 4), 0.25)
+    scores[1, :, 1] = np.nan
+    main.write_scores(tmp_path / "scores.csv", [(f"{i}.png", 9, 9, 1.0, each) for i, each in enumerate(scores)])
+    assert [line.split()[1:] for line in lines[1:]] == [["0.2500"] * 4] * 2
+    assert [row["ssim_input"] for row in read_csv(tmp_path / "scores.csv")] == ["0.250000", "nan"]
+
+
 def test_float16_is_for_tests(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     scores = {}

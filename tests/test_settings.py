@@ -6,6 +6,7 @@ import pytest
 
 import losses
 import model
+import settings as settings_module
 from base.errors import BadArgument
 from base.files import ROOT
 from presets import PRESETS
@@ -166,12 +167,16 @@ def test_settings_survive_a_checkpoint(name):
     assert (values["clean_dir"], values["more_data"]) == ("data/clean", ("data/more", "/far"))
 
 
-def test_stored_values_of_other_versions():
-    """A renamed style has its new name; a choice that is gone, or not there yet, is the default."""
+def test_stored_values_of_other_versions(monkeypatch):
+    """A renamed style has its new name; a choice that is gone, or not there yet, is the default, with a warning."""
+    warnings = []
+    monkeypatch.setattr(settings_module.log, "warning", warnings.append)
     stored = to_dict(resolve("dsen", {"rain": "rain800", "clean_dir": "/clean"}))
     assert from_dict({**stored, "rain": "rain100h_stepped"}).rain == "rain100h"
+    assert not warnings
     old = from_dict({**stored, "rain": "rain_of_the_past", "compile": "sometimes", "channel": 6})
     assert (old.rain, old.clean_dir, old.compile, old.channel, old.stage_num) == ("", "", "auto", 6, 1)
+    assert len(warnings) == 2
     with pytest.raises(BadArgument):
         from_dict({**stored, "channel": "6"})
 

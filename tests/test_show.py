@@ -430,3 +430,12 @@ def test_the_rain_layer_is_made_visible_by_a_gain_that_clips_little(picture):
     layer, gain = show.rain_layer(np.full_like(O, 255), np.zeros_like(O))
     assert gain == 1
     assert (layer == 255).all()
+
+
+def test_previews_of_calls_that_were_killed_are_removed_with_the_last_page(tmp_path):
+    for name in ("1", "3", "notes"):
+        (tmp_path / "page" / name).mkdir(parents=True)
+    gallery = show.Gallery(tmp_path)
+    assert gallery.folder.name == "4"
+    gallery.write(images=[])
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["notes"]

@@ -58,6 +58,7 @@ def main(words: list[str]) -> int:
         done = run_rows(runs, known.jobs, known.minutes, known.pack, packed)
     elif known.pack:
         pack(known.pack, packed)
+        log.info(f"{known.pack} holds {', '.join(run.name for run in packed)}")
     if known.write:
         write_tables()
     if not (known.run or known.take or known.pack or known.write):

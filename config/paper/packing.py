@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from base.console import log
-from base.errors import DamagedFile, Occupied
+from base.errors import DamagedFile, MissingFile, Occupied
 from base.files import lock, write_bytes
 from paper.rows import Run, find_run, parse_name
 from runs import checkpoints
@@ -51,7 +51,7 @@ def take(path: Path, overrides: dict[str, Any]) -> list[Run]:
 
 
 def read(path: Path, overrides: dict[str, Any]) -> dict[Run, tuple[int, dict[str, bytes]]]:
-    """Step and files of each run in an archive. Raises DamagedFile where it holds other files, or code."""
+    """Step and files of each run in an archive. Raises MissingFile, or DamagedFile where it holds others, or code."""
     runs: dict[Run, dict[str, bytes]] = {}
     member = ""
     try:
@@ -67,5 +67,7 @@ def read(path: Path, overrides: dict[str, Any]) -> dict[Run, tuple[int, dict[str
         return {
             run: (int(checkpoints.load(io.BytesIO(files["latest.pth"])).step), files) for run, files in runs.items()
         }
+    except FileNotFoundError:
+        raise MissingFile(f"{path} is missing") from None
     except Exception:  # zipfile and PyTorch raise whatever they meet
         raise DamagedFile(f"{path} is damaged, or holds more than files of rows' runs: see {member!r}") from None

@@ -218,7 +218,7 @@ class Training:
             self.curves.add_picture(self.step, "val/preview", preview)
             write_image(self.settings.log_path / "preview.png", preview)
             stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
-            log.info(  # paper/tables.py reads this line
+            log.info(  # paper/tables.py and bench/trainings.py read this line
                 f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
                 f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.2f} s"
             )

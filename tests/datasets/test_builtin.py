@@ -1,6 +1,7 @@
 """The built-in set: its pairs, what a second, an interrupted and a newer build leave, missing photographs."""
 
 import hashlib
+import os
 
 import cv2
 import numpy as np
@@ -112,6 +113,20 @@ def test_old_version_is_replaced_and_other_things_are_kept(tmp_path, monkeypatch
     with pytest.raises(Occupied):
         builtin.make_builtin(folder)
     assert contents(folder) == before
+
+
+@pytest.mark.usefixtures("few")
+def test_another_process_that_was_faster_is_no_error(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "builtin", os.replace
+
+    def too_late(source, target):
+        replace(source, target)
+        if target == folder:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(os, "replace", too_late)
+    builtin.make_builtin(folder)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.usefixtures("few")

@@ -5,7 +5,7 @@ import torch
 
 import model
 from base.devices import autocast
-from fast import strips, windows, winograd
+from fast import memory, strips, windows, winograd
 from fast.any_size import rain_layers
 from settings import resolve
 from test_model import published
@@ -105,6 +105,18 @@ def test_a_rain_layer_is_the_callers_to_overwrite(memory_gib, preset):
         assert (R - other[0]).abs().max() < 1e-5
     assert torch.equal(O, before)
     assert not any(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("preset", "copies"), [("sdsen_s2", 4), ("coarse2fine_s2", 3 + 3)])
+def test_memory_for_the_image_and_what_is_kept_of_it_is_set_aside(preset, copies, monkeypatch):
+    """Of coarse2fine, whose stages see those before them, the rain layers of all three outputs."""
+    left, first_rows = [], windows.first_rows
+    monkeypatch.setattr(strips, "fit", lambda *_: False)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2.0**30)
+    monkeypatch.setattr(windows, "first_rows", lambda *given: left.append(given[2].left) or first_rows(*given))
+    O = torch.rand(3, 20, 20)
+    list(rain_layers(make(preset), O))
+    assert left == [2**30 * (1 - memory.SPARE) - copies * O.nbytes]
 
 
 @pytest.mark.parametrize("library", [True, False])

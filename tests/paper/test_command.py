@@ -153,7 +153,14 @@ def test_a_run_that_is_further_in_the_archive_is_taken_before_that_is_replaced(f
 
 
 @pytest.mark.parametrize(
-    "words", [["--run", "nothing"], ["--jobs", "0"], ["--run", "cnn_rain800", "--stage_num", "3"], ["--stepz", "3"]]
+    "words",
+    [
+        ["--run", "nothing"],
+        ["--jobs", "0"],
+        ["--run", "cnn_rain800", "--stage_num", "3"],
+        ["--run", "cnn_rain800", "--seed", "3"],
+        ["--stepz", "3"],
+    ],
 )
 def test_wrong_calls(folder, words):
     with pytest.raises(BadArgument if words != ["--stepz", "3"] else UserError):
@@ -185,8 +192,9 @@ def processes(folder, monkeypatch):
     """The trainings that were started, which run until they are terminated."""
     started = []
 
-    def start(*_, **__):
+    def start(*_, env, **__):
         started.append(UntilTerminated())
+        started[-1].threads = int(env["OMP_NUM_THREADS"])
         return started[-1]
 
     monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=start))
@@ -194,12 +202,15 @@ def processes(folder, monkeypatch):
     return started
 
 
-def test_after_some_minutes_the_trainings_are_stopped(folder, places, processes):
+def test_after_some_minutes_the_trainings_are_stopped(folder, places, processes, monkeypatch):
+    """Two of them, which share the cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     started = time.monotonic()
     names = ["cnn_rain800_tiny", "dsen_rain800_tiny", "mcnn_rain800_tiny"]
     assert call("--run", *names, "--jobs", 2, "--minutes", 0.2 / 60, *places) == 1
     assert time.monotonic() - started >= 0.2
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [(process.returncode, process.threads) for process in processes] == [(0, 4), (0, 4)]
     assert not folder.exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model
-from base.errors import DamagedFile, Mismatch, NotWritable, Occupied
+from base.errors import DamagedFile, Mismatch, MissingFile, NotWritable, Occupied
 from base.files import lock
 from paper import packing
 from paper.rows import all_rows, find_row, find_run
@@ -102,6 +102,19 @@ def test_a_run_comes_out_as_it_went_in(here, there, archive):
     assert len(new) == 9
     there.take(archive)
     assert there.files() == new
+
+
+def test_a_checkpoint_is_read_first_and_written_last(here, there, archive, monkeypatch):
+    """So that one that is cut off, or read during a training, has the files that belong to it, or later ones."""
+    here.make_run(PAPER, 4, best=2)
+    here.pack(archive, PAPER)
+    written, write = [], packing.write_bytes
+    monkeypatch.setattr(packing, "write_bytes", lambda path, data: (written.append(path.name), write(path, data)))
+    there.take(archive)
+    with zipfile.ZipFile(archive) as file:
+        packed = [name.partition("/")[2] for name in file.namelist()]
+    assert packed[:2] == ["latest.pth", "best.pth"]
+    assert written == packed[::-1]
 
 
 def test_a_run_that_is_as_far_stays_and_one_that_is_behind_is_replaced(here, there, archive):
@@ -239,7 +252,7 @@ def test_what_is_no_archive_is_refused(here, there, archive, kind):
         data = bytearray(archive.read_bytes())
         data[len(data) // 2] ^= 255
         archive.write_bytes(data if kind == "spoilt" else data[:-30])
-    with pytest.raises(DamagedFile):
+    with pytest.raises(MissingFile if kind == "missing" else DamagedFile):
         there.take(archive)
     assert not there.folder.exists()
 

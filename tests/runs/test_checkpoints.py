@@ -12,7 +12,7 @@ from base.errors import DamagedFile, Mismatch, MissingFile, NotWritable
 from base.files import ROOT
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
-from settings import resolve
+from settings import resolve, to_dict
 
 SETTINGS = resolve("dsen", {"channel": 2, "depth": 4, "run": "tiny"})
 
@@ -90,9 +90,15 @@ def test_foreign_file(tmp_path, value):
 
 
 def test_newer_format(tmp_path):
-    torch.save({"format": 99, "network": {}, "settings": {}, "step": 0}, tmp_path / "new.pth")
+    torch.save({"format": checkpoints.FORMAT + 1, "network": {}, "settings": {}, "step": 0}, tmp_path / "new.pth")
     with pytest.raises(DamagedFile):
         checkpoints.load(tmp_path / "new.pth")
+
+
+def test_a_checkpoint_of_a_network_that_was_growing_has_the_stages_of_that_moment(tmp_path):
+    settings = to_dict(resolve("sdsen", {"channel": 2, "depth": 4}))
+    torch.save({"format": 1, "network": {}, "settings": settings, "step": 4, "stages": 2}, tmp_path / "growing.pth")
+    assert checkpoints.load(tmp_path / "growing.pth").settings.stage_num == 2
 
 
 def test_another_architecture():

@@ -36,11 +36,13 @@ def test_export_of_several_is_their_mean(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 3, "--average", 0.5, "--save_steps", 1, "--run", "mine")
     with pytest.raises(BadArgument):
         call("-a", "export", "-m", "mine/step_1", "mine/step_3", *places[:2])
-    call("-a", "export", "-m", "mine/step_1", "mine/step_3", *places[:2], "--run", "mean")
-    first, last = (read(tmp_path, f"step_{step}", "mine").average for step in (1, 3))
-    mean = checkpoints.load(tmp_path / "model_dir" / "mean.pth").network
-    assert all((mean[name] - (first[name] + last[name]) / 2).abs().max() < 1e-7 for name in mean)
-    assert any(not torch.equal(mean[name], last[name]) for name in mean)
+    call("-a", "export", "-m", *(f"mine/step_{step}" for step in (1, 2, 3)), *places[:2], "--run", "mean")
+    weights = [read(tmp_path, f"step_{step}", "mine").average for step in (1, 2, 3)]
+    exported = checkpoints.load(tmp_path / "model_dir" / "mean.pth")
+    for name, mean in exported.network.items():
+        assert (mean - sum(each[name] for each in weights) / 3).abs().max() < 1e-7
+    assert any(not torch.equal(mean, weights[1][name]) for name, mean in exported.network.items())
+    assert exported.step == 1
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--channel", 4, "--run", "wide")
     with pytest.raises(Mismatch):
         call("-a", "export", "-m", "mine", "wide", *places[:2], "--run", "both")

@@ -1,5 +1,7 @@
 """Whole images through a network, and the network that a command names."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -39,6 +41,17 @@ def test_open_network_rebuilds_it_from_the_checkpoint(saved):
     O = torch.rand(1, 3, 9, 9)
     for R, other in zip(opened(O), network(O), strict=True):
         assert torch.equal(R, other)
+
+
+def test_open_network_takes_what_concerns_the_command_from_the_command(saved):
+    """Such as the precision, in which the training may have been another one."""
+    folder = saved[1]["model_dir"]
+    trained = {"precision": "bf16", "mirror": True, "cuda_graphs": "on", "device": "mps", "log_dir": "/elsewhere"}
+    settings = resolve("sdsen_s2", {"channel": 2, "depth": 4, "run": "tiny", **trained})
+    checkpoints.save(Path(folder) / "tiny" / "latest.pth", Checkpoint(saved[0].state_dict(), 5, settings))
+    opened = open_network(None, "tiny", saved[1]).settings
+    assert all(getattr(opened, name) == getattr(resolve(), name) for name in trained)
+    assert opened.model_dir == folder
 
 
 def test_open_network_by_run_and_with_fewer_stages(saved):
@@ -182,3 +195,11 @@ def test_pairs_are_scored_where_they_are_restored(saved, data_dir, device):
     for pair, other in zip(pairs, score_pairs(network.cpu(), paths, CPU, FLOAT32), strict=True):
         # On a GPU, a pixel here and there differs by a level.
         assert np.abs(pair.scores - other.scores).max() < (0.02 if device.type == "cuda" else 1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_is_in_eval_mode_and_leaves_the_networks_own(saved, data_dir, training):
+    network = saved[0].train(training)
+    for _ in score_pairs(network, list_pairs(data_dir / "val")[:1], CPU, FLOAT32):
+        assert not network.training
+    assert network.training == training

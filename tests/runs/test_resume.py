@@ -24,6 +24,8 @@ def test_two_steps_and_two_resumed_are_four_unbroken(places, tmp_path, optimizer
     call(*words, "--run", "unbroken", "--steps", 4)
     assert same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "latest", "unbroken"))
     assert not same_state(read(tmp_path, "latest", "broken"), read(tmp_path, "step_2", "unbroken"))
+    groups = read(tmp_path, "latest", "broken").optimizer["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4] * len(groups))  # SOAP has two
 
 
 def test_synthetic_rain_resumes_too(places, tmp_path):
@@ -67,6 +69,15 @@ def test_a_resume_restores_random_state_best_score_and_seconds(places, tmp_path,
     assert resumed.best_psnr == 99
     assert 1000 < resumed.seconds < 1500
     assert read(tmp_path, "best").step == 1
+
+
+def test_other_validation_pairs_or_another_run_start_the_search_for_the_best_anew(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    folders = {"model_dir": str(tmp_path / "model_dir")}
+    assert choose_start(None, None, folders).checkpoint.best_psnr == read(tmp_path, "latest").best_psnr
+    assert choose_start(None, None, {**folders, "val_images": 1}).checkpoint.best_psnr is None
+    assert choose_start(None, None, {**folders, "data_dir": "elsewhere"}).checkpoint.best_psnr is None
+    assert choose_start(None, "sdsen", {**folders, "run": "other"}).checkpoint.best_psnr is None
 
 
 def clean_images(tmp_path):

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import signal
+import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,7 +16,7 @@ import fake_graphs
 import main
 import show
 from base.errors import BadArgument, NotFinite, NotWritable, OutOfMemory
-from commands import LONG, OTHERS, SMALL, TINY, call, files, read, read_csv, same_state, same_weights, scalars
+from commands import LONG, OTHERS, SMALL, TINY, call, events, files, read, read_csv, same_state, same_weights, scalars
 from conftest import write_vgg
 from fake_cuda import keep_on_cpu
 from runs import checkpoints, training
@@ -65,6 +68,49 @@ def test_the_best_checkpoint_is_written_before_the_state_that_knows_its_score(pl
     assert saved == ["best", "latest", "step_1"]
 
 
+def test_latest_is_written_when_its_minutes_are_over_and_validation_is_not_counted_as_speed(
+    places, tmp_path, monkeypatch, scripted
+):
+    """On a clock that only steps (40 s) and validations (1000 s) move: a checkpoint every second step."""
+    clock, saved = SimpleNamespace(now=0.0, time=time.time), []
+    clock.monotonic = lambda: clock.now
+    scripted((20, 20), (20, 20))
+    step, validate = main.train_step, training.validate
+
+    def slow_step(*arguments, **keywords):
+        clock.now += 40
+        return step(*arguments, **keywords)
+
+    def slow_validation(*arguments):
+        clock.now += 1000
+        return validate(*arguments)
+
+    for module in (main, training):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(main, "train_step", slow_step)
+    monkeypatch.setattr(training, "validate", slow_validation)
+    monkeypatch.setattr(checkpoints, "save", lambda path, state: saved.append((path.stem, state.step)))
+    words = ["--save_minutes", 1, "--save_steps", 5, "--steps", 6]
+    call("-a", "train", *SMALL, *LONG, *places, *words)
+    assert [number for name, number in saved if name == "latest"] == [2, 4, 5, 6]
+    speeds = [value for _, value in scalars(tmp_path / "log_dir" / "sdsen")["train/images_per_second"]]
+    assert speeds == pytest.approx([2 / 40] * 6)
+
+
+def test_a_training_that_is_stopped_one_step_before_its_last_is_saved_there(places, tmp_path, monkeypatch):
+    step, calls = main.train_step, []
+
+    def step_and_stop(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(main, "train_step", step_and_stop)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 4, "--save_steps", 10)
+    assert (len(calls), read(tmp_path, "latest").step) == (3, 3)
+
+
 def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     lines = (tmp_path / "log_dir" / "sdsen" / "train.log").read_text().splitlines()
@@ -110,6 +156,18 @@ def test_the_validated_score_is_that_of_the_last_stage(places, tmp_path):
     for metric in ("psnr", "ssim"):
         assert curves[f"val/{metric}"][-1] == curves[f"val/stage_2/{metric}"][-1] != curves[f"val/stage_1/{metric}"][-1]
     assert read(tmp_path, "latest").best_psnr == pytest.approx(max(v for _, v in curves["val/stage_2/psnr"]), rel=1e-6)
+
+
+def test_validation_pairs_are_spread_over_val(places, monkeypatch):
+    validate, scored = training.validate, []
+
+    def noted(network, criterion, paths, *rest):
+        scored.append([path.name for path in paths])
+        return validate(network, criterion, paths, *rest)
+
+    monkeypatch.setattr(training, "validate", noted)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--val_images", 2)
+    assert scored == [["0.png", "2.png"]]
 
 
 def test_the_averaged_weights_are_validated(places, tmp_path, scripted):
@@ -277,6 +335,12 @@ def test_full_disk_is_one_error(tmp_path, monkeypatch):
         with pytest.raises(NotWritable):
             points.add(2, "train", {"a": 1.0, "b": 2.0})
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == size
+
+
+def test_a_resumed_run_drops_the_points_behind_its_checkpoint_and_no_others(tmp_path):
+    """TensorBoard drops what lies at the step of a start, or behind it."""
+    training.Curves(tmp_path, 7)
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [8]
 
 
 def test_without_tensorboardx_there_is_a_line_and_no_file(tmp_path, monkeypatch):
