@@ -46,8 +46,8 @@ def main(words: list[str]) -> int:
     if known.jobs < 1 or known.minutes < 0:
         raise BadArgument(f"--jobs must be at least 1, --minutes at least 0: got {known.jobs} and {known.minutes:g}")
     overrides = read_overrides(rest)
-    for name in {"run", "seed", *NETWORK_FIELDS} & overrides.keys():
-        raise BadArgument(f"--{name} is fixed by the row: choose another row")
+    if fixed := sorted({"run", "seed", *NETWORK_FIELDS} & overrides.keys()):
+        raise BadArgument(f"--{fixed[0]} is fixed by the row: choose another row")
     rows = all_rows() if known.run == ["all"] else [find_row(name) for name in known.run or ()]
     runs = [find_run(row, overrides) for row in rows]
     done = True
