@@ -11,7 +11,7 @@ bash config/setup.sh tests
 .venv/bin/mypy
 if [[ $# == 0 || "$*" == fast ]]; then
     [[ $# == 0 ]] || set -- -m "not slow"
-    set -- -n auto "$@"
+    set -- -n auto --dist loadfile "$@"
     export OMP_NUM_THREADS=1 # each core has a process of its own
 fi
 exec .venv/bin/python -m pytest "$@"
