@@ -178,7 +178,7 @@ class DSEN(Network):
         return self.stage_num * sum(self.convolutions().values())
 
 
-NETWORKS = {"dsen": DSEN, "coarse2fine": Coarse2Fine, "php": PHP}
+NETWORKS = dict(zip(FIELDS["network"].choices, (DSEN, Coarse2Fine, PHP), strict=True))
 
 
 def build(settings: Settings | str) -> Network:

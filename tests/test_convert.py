@@ -85,7 +85,7 @@ NEW_RAIN100 = {
     **numbered("rain_data_test_Light/rain/norain-00{}.png", "O{}", 2, 50),
     **numbered("rain_data_test_Light/norain/norain-00{}.png", "B{}", 2, 50),
 }
-PRENET = {  # all sets in one tree: only the asked one may be taken
+PRENET = {  # all sets in one tree: only the requested one may be taken
     **numbered("train/RainTrainH/rain-{}.png", "O{}"),
     **numbered("train/RainTrainH/norain-{}.png", "B{}"),
     **numbered("train/RainTrainH/rainstreak-{}.png", "S{}"),
