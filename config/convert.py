@@ -105,7 +105,7 @@ def write_pair(target: Path, clean: np.ndarray, rainy: np.ndarray, data: bytes |
 def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
     """Look for shared backgrounds, write convert_report.txt and show the next command."""
     counts = ", ".join(f"{split} {len(thumbs[split])}" for split in SPLITS if split in thumbs)
-    for split in set(SPLITS) - set(thumbs):  # `folders` converts train and test one after the other
+    for split in set(SPLITS) - set(thumbs):  # splits in data_dir that are not converted by this call
         for path in list_images(data_dir / split):
             with contextlib.suppress(UserError):
                 thumbs[split][f"{split}/{path.name}"] = thumbnail(read_pair(path)[0])

@@ -44,7 +44,7 @@ print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null) || torch="
     fi
 fi
 .venv/bin/python -m pip install --disable-pip-version-check "${missing[@]/#/-r}"
-[ -d .venv/ready ] || rm -f .venv/ready # an older version's file
+[ -d .venv/ready ] || rm -f .venv/ready # a file in its place would be in the way
 mkdir -p .venv/ready
 for file in "${missing[@]}"; do
     cat requirements*.txt "$file" | cksum > ".venv/ready/${file//\//-}"

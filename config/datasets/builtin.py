@@ -13,7 +13,7 @@ from base.images import read_image, to_bgr8, write_image
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES, RainStyle, Streaks
 
-VERSION = "2"  # raise it when the pairs change: older sets are then built again
+VERSION = "2"  # of the pairs; a set of another version is built again
 MARKER = "builtin_version.txt"
 LONGEST_SIDE = 400  # pixels, about the size of the BSD photographs in the paper's data sets
 
@@ -51,7 +51,7 @@ def make_builtin(folder: Path) -> None:
         _write_pairs(temporary)
         (temporary / MARKER).write_text(VERSION)
         if not _is_finished(folder):  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)  # an older version
+            shutil.rmtree(folder, ignore_errors=True)  # a set of another version
             os.replace(temporary, folder)
     except OSError as error:
         if not _is_finished(folder):

@@ -20,8 +20,8 @@ class Layout(NamedTuple):
     """How a data set is distributed; the patterns are of folder names in lower case."""
 
     joined: bool  # one file holds both halves; else two files, paired by name
-    folder: str  # folders of this set alone: in a download of several sets, the others are ignored
-    test_folder: str = "$^"  # folders of the test set whose names do not say so
+    folder: str  # matches folders of this set and of no other, in a download that holds several sets
+    test_folder: str = "$^"  # matches folders that hold the test set without "test" in their names
 
 
 LAYOUTS = {

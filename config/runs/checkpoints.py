@@ -63,7 +63,7 @@ def load(path: Path) -> Checkpoint:
     if values["format"] > FORMAT:
         raise DamagedFile(f"{path} was written by a newer version of this program: update it")
     settings = values["settings"] and from_dict(values["settings"])
-    if stages := values.get("stages"):  # a former version raised the number of stages while it trained: that so far
+    if stages := values.get("stages"):  # trained so far, where these are fewer than the settings' stage_num
         settings = override(settings, {"stage_num": stages})
     fields = Checkpoint.__dataclass_fields__  # a later version may add others
     return Checkpoint(**{**{name: value for name, value in values.items() if name in fields}, "settings": settings})
