@@ -46,18 +46,20 @@ def make_builtin(folder: Path) -> None:
         return
     if folder.exists() and not (folder / MARKER).exists():
         raise Occupied(f"{folder} is not the built-in set: move it away or give another folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         _write_pairs(temporary)
         (temporary / MARKER).write_text(VERSION)
         if not _is_finished(folder):  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)  # a set of another version
+            if folder.exists():  # a set of another version, which is never half there
+                os.replace(folder, replaced)
             os.replace(temporary, folder)
     except OSError as error:
         if not _is_finished(folder):
             raise NotWritable(f"{folder} cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (temporary, replaced):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_finished(folder: Path) -> bool:

@@ -15,8 +15,6 @@ from base.errors import OutOfMemory
 
 GIB = 2**30
 SPARE = 0.15  # share of the free memory that is left to other processes, and to what is not counted here
-
-
 CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -3,7 +3,7 @@
 import io
 import zipfile
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,15 @@ def take(path: Path, overrides: dict[str, Any]) -> list[Run]:
     """
     packed = read(path, overrides)
     ahead = [run for run, (step, _) in packed.items() if run.step < step]
-    for run in ahead:
-        log_path = run.file("train.log")
-        with open(log_path, "ab") if log_path.is_file() else nullcontext() as file:
-            if file and not lock(file):
+    with ExitStack() as locks:  # held until all is written
+        for run in ahead:
+            if run.file("train.log").is_file() and not lock(locks.enter_context(open(run.file("train.log"), "ab"))):
                 raise Occupied(f"run {run.name} is in training, by another process: stop it first")
-    for run, (step, files) in packed.items():
-        log.info(f"{run.name}: {f'step {step}, from {path}' if run in ahead else f'kept at step {run.step}'}")
-        for name in NAMES:
-            if run in ahead and name in files:
-                write_bytes(run.file(name), files[name])
+        for run, (step, files) in packed.items():
+            log.info(f"{run.name}: {f'step {step}, from {path}' if run in ahead else f'kept at step {run.step}'}")
+            for name in NAMES:
+                if run in ahead and name in files:
+                    write_bytes(run.file(name), files[name])
     return list(packed)
 
 
