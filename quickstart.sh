@@ -9,8 +9,8 @@ step() { printf '\n== %s\n' "$*"; }
 step "1/4 environment"
 bash config/setup.sh
 
-step "2/4 removing synthetic rain from photographs with the pretrained weights models/sdsen.pth"
-.venv/bin/python config/show.py -m models/sdsen.pth --data_dir data/builtin
+step "2/4 removing synthetic rain from photographs with the pretrained weights models/photographs.pth"
+.venv/bin/python config/show.py -m models/photographs.pth --data_dir data/builtin
 
 echo
 echo "look at them, now, in another terminal:    bash explore.sh"

@@ -35,7 +35,7 @@ rm -f "$numbers"
     part "times and memory" "$python" "$root/bench/bench.py" --device "$device" --json "$numbers" \
         --only inference images training data convolutions steps "${bench[@]}"
     trainings "the paper's training" run "${paper[@]}"
-    trainings "images in 16 bits" outputs -m "$root/models/sdsen_rain800.pth" "${outputs[@]}"
+    trainings "images in 16 bits" outputs -m "$root/models/rain800.pth" "${outputs[@]}"
     trainings "PSNR of bf16 and float32" curve "${curve[@]}"
     printf '\n== done after %d s\n\n' "$SECONDS"
     "$python" "$root/bench/report.py" "$numbers"

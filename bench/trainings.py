@@ -2,7 +2,7 @@
 
     python bench/trainings.py run --device cuda --steps 300      # time of the paper's training, from its first steps
     python bench/trainings.py curve --device cuda --steps 2000   # PSNR by step, float32 beside bf16
-    python bench/trainings.py outputs --device cuda -m sdsen_rain800    # images in 16 bits against float32
+    python bench/trainings.py outputs --device cuda -m rain800    # images in 16 bits against float32
 
 Trainings run through main.py in processes of their own, on the built-in set unless --data_dir names another, and leave
 no files. Other arguments go to main.py: `curve --batch_size 4 -p dsen`.

@@ -2,7 +2,7 @@
 
     python main.py -a train -p sdsen --data_dir DATA
     python main.py -a test -p sdsen
-    python main.py -a export -m sdsen
+    python main.py -a export -m sdsen --run NAME
     python main.py -a models
     python main.py -a tables --run dsen_rain800
     python main.py -a tilt -m cnn dsen

@@ -1,7 +1,7 @@
 """Remove the rain from images, and make a page that compares them.
 
-    python show.py -m dsen_rain800                    # the test set of the checkpoint's data set, with scores
-    python show.py -m dsen_rain800 -i photo.jpg DIR   # your own images
+    python show.py -i photo.jpg DIR   # your own images, with the pretrained weights `photographs`
+    python show.py -m RUN             # the test set of that run's data set, with scores
 
 Results are written to `showdir/RUN/` under the input's name and in the input's format: grey, alpha and 16 bits are
 kept. JPEG and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, shows the last
@@ -44,6 +44,7 @@ from settings import FIELDS, Settings, read_overrides
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
 TEMPLATE = Path(__file__).with_name("show.html")
 MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
+PRETRAINED = "photographs"  # the weights that are used by default
 LARGEST = 1600  # side of a preview, pixels
 OPTIONS = (
     "data_dir model_dir show_dir run device precision memory_gib mirror cuda_graphs log_level".split()
@@ -227,12 +228,9 @@ def _finite(score: float) -> float | None:
 
 def main(arguments: list[str]) -> int:
     parser = make_parser({name: FIELDS[name] for name in OPTIONS}, "Remove rain from images and make a page of them.")
-    parser.add_argument(
-        "-p", "--preset", help="open the run or pretrained weights of this preset's name; default: sdsen"
-    )
-    parser.add_argument(
-        "-m", "--model", help="a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, or a file"
-    )
+    parser.add_argument("-p", "--preset", help="open the run of this preset's name")
+    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; default: photographs"
+    parser.add_argument("-m", "--model", help=text)
     parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
     parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
     parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
@@ -247,17 +245,20 @@ def main(arguments: list[str]) -> int:
 
 def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Restore what the command line names; returns the exit status. Several ranks share the images."""
-    network, settings, checkpoint, step = open_network(known.preset, known.model, overrides)
+    model = known.model or (None if known.preset or "run" in overrides else PRETRAINED)
+    opened = open_network(known.preset, model, overrides)
+    network, settings, checkpoint, step = opened
+    log.info(f"{checkpoint} (step {step})")
     stage_num = network.output_num if known.stages is None else known.stages
     if not 1 <= stage_num <= network.output_num:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
     paths, show_dir = find_inputs(known.input, settings), Path(settings.show_dir)
-    folder = show_dir / (settings.run or checkpoint.stem)
+    folder = show_dir / (overrides.get("run") or opened.name)
     written_to = {place.resolve() for place in (show_dir, folder, show_dir / "page")}
     if inside := [path for path in paths if {path.parent.resolve(), path.resolve().parent} & written_to]:
         raise Occupied(f"{inside[0]} is in a folder that results are written to: name another one with --show_dir")
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
-    log.info(f"{checkpoint} (step {step}), {stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
+    log.info(f"{stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
 
     written = stage_num if known.all_stages else 0
     mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, written), strict=True), 1)))

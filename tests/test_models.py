@@ -18,10 +18,10 @@ from synthesis.styles import STYLES
 
 MODELS = ROOT / "models"
 SHIPPED = {  # name: stages, style of rain that it was trained for, dB that it must gain there
-    "sdsen": (4, "rain100h", 8.0),
-    "sdsen_rain800": (8, "rain800", 2.0),
-    "sdsen_rain100h": (6, "rain100h", 8.0),
-    "dsen_rain800": (1, "rain800", 2.0),
+    "photographs": (4, "rain100h", 8.0),
+    "rain800": (8, "rain800", 2.0),
+    "rain100h": (6, "rain100h", 8.0),
+    "rain800_fast": (1, "rain800", 2.0),
 }
 
 

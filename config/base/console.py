@@ -2,11 +2,14 @@
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from base.errors import BadArgument, UserError
 
@@ -43,6 +46,33 @@ def _rank_prefix() -> str:
     """The start of each line: "rank N: " in the processes of torchrun except the first."""
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return "" if rank == "0" else f"rank {rank}: "
+
+
+class Progress(tqdm):
+    """A bar in a terminal; elsewhere a line of the log every `EVERY` seconds. Ranks after the first show neither.
+
+    `total` may be 1.0 and the steps shares of it, whose rounding errors are dropped.
+    """
+
+    EVERY = 30
+
+    def __init__(self, iterable: Iterable | None = None, desc: str = "", total: float | None = None, **keywords: Any):
+        self.in_lines = not in_terminal()
+        wait = {"delay": self.EVERY, "mininterval": self.EVERY} if self.in_lines else {}
+        keywords = {"leave": False, "dynamic_ncols": True, **keywords, **wait}
+        super().__init__(iterable, desc, total, miniters=0, disable=bool(_rank_prefix()), **keywords)
+
+    def update(self, n: float = 1) -> bool | None:
+        return super().update(n if self.total is None else min(n, self.total - self.n))
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.in_lines:
+            super().display(msg, pos)
+        elif msg is None and 0 < self.n < (self.total or math.inf):
+            of = f" of {self.total}" if self.total else ""
+            done = f"{self.n:.0%}" if isinstance(self.total, float) else f"{self.n}{of} {self.unit}s"
+            left = self.format_dict["elapsed"] * ((self.total or self.n) / self.n - 1)
+            log.info(f"{self.desc and self.desc + ': '}{done}{f', left {self.format_interval(left)}' if left else ''}")
 
 
 class Interrupt:

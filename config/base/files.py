@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the repository
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file, whole or not at all, in a folder that is made if it is missing. Raises NotWritable."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")  # short, as names may be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -16,13 +16,28 @@ SAME_BACKGROUND = 0.995  # correlation of thumbnails; in Rain800 the same backgr
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
+def survey(folder: Path, recursive: bool = False) -> tuple[list[Path], dict[Path, str]]:
+    """The image files of a folder in natural order ("2" before "10"), and why each other entry is left out.
+
+    Both are empty if there is no such folder.
+    """
+    images: list[Path] = []
+    left_out: dict[Path, str] = {}
+    for path in sorted(folder.iterdir(), key=_natural) if folder.is_dir() else ():
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            images.append(path)
+        else:
+            left_out[path] = "no image"
+    return images, left_out
+
+
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder in natural order ("2" before "10"); none if there is no such folder."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted(
-        (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()),
-        key=lambda path: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", path.name.lower())],
-    )
+    """The image files of a folder in natural order; none if there is no such folder."""
+    return survey(folder)[0]
+
+
+def _natural(path: Path) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", path.name.lower())]
 
 
 def list_pairs(source: Path) -> list[Path]:

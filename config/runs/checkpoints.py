@@ -72,17 +72,30 @@ def load(path: Path) -> Checkpoint:
 def find(name: str, model_dir: Path) -> Path:
     """The file of a checkpoint: a path, a run (its best, or latest), or a file of `model_dir` (`.pth` may be left off).
 
-    Relative paths start at the working directory or the repository. A run of one's own takes precedence over pretrained
-    weights of that name. Raises MissingFile.
+    Relative paths start at the working directory or the repository. Raises MissingFile, or BadArgument where a run and
+    a file have that name.
     """
-    folder = model_dir / name
-    in_folder = (folder, folder / "best.pth", folder / "latest.pth", model_dir / f"{name}.pth")
-    for path in (Path(name), ROOT / name, *in_folder):
-        if path.is_file():
-            return path
+    runs, files = run_states(name, model_dir), (Path(name), ROOT / name, model_dir / name, model_dir / f"{name}.pth")
+    found = [path for path in (*runs[:1], *files) if path.is_file()]
+    if runs and found[1:]:
+        raise BadArgument(f"-m {name} may be the run, {found[0]}, or {found[1]}: name the file")
+    if found:
+        return found[0]
     known = {path.relative_to(model_dir).with_suffix("").parts[0] for path in model_dir.rglob("*.pth")}
     there = f"there are {', '.join(sorted(known))}" if known else "there is none yet, main.py -a train makes one"
     raise MissingFile(f"no checkpoint {name!r} in {model_dir}: {there}")
+
+
+def run_states(run: str, model_dir: Path) -> list[Path]:
+    """The files of a run that stand for it: best.pth and latest.pth, if they exist."""
+    return [path for path in (model_dir / run / "best.pth", model_dir / run / "latest.pth") if path.is_file()]
+
+
+def find_run(run: str, model_dir: Path) -> Path:
+    """The best state of a run, or its latest. Raises MissingFile."""
+    if not (states := run_states(run, model_dir)):
+        raise MissingFile(f"there is no run {run!r} in {model_dir}: -a train makes one, -m names weights")
+    return states[0]
 
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path, average: bool = False) -> None:
@@ -121,7 +134,9 @@ def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]
     settings = resolve(preset or "sdsen", overrides)
     if not preset and "run" not in overrides and (run := _run_named(name or "", Path(settings.model_dir))):
         name, settings = None, override(settings, {"run": run})
-    latest = settings.model_path / "latest.pth"
+    latest, weights = settings.model_path / "latest.pth", Path(settings.model_dir) / f"{settings.run}.pth"
+    if weights.is_file():
+        raise Occupied(f"{weights} has the name of this run: name the run with --run")
     source = ranks.from_first(lambda: _find_source(settings, latest, name))
     checkpoint = ranks.from_first(lambda: load(source) if source.is_file() else None)
     if checkpoint is None or checkpoint.settings is None:  # none, or the published code's, which holds no settings
@@ -159,8 +174,9 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     """`-a export`: the weights and settings of a checkpoint as a file of model_dir, which `-m` takes by its name.
 
     Of several checkpoints of one architecture, the mean of their weights and the settings of the first. `--run` is the
-    file's name, `--data_dir` the data set that it is tested on by default, `--stage_num` its number of stages. Folders
-    outside the repository, which belong to one machine, are left out.
+    file's name (RUN_stepN by default), `--data_dir` the data set that it is tested on by default, `--stage_num` its
+    number of stages. Folders outside the repository, which belong to one machine, are left out. Raises Occupied where a
+    run has the file's name.
     """
     if strange := overrides.keys() - {"run", "data_dir", "stage_num", "model_dir", "log_level"}:
         raise BadArgument(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
@@ -168,11 +184,12 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     sources = [find(name, model_dir) for name in names]
     if len(sources) > 1 and not run:
         raise BadArgument("the mean of several checkpoints needs a name: --run NAME")
-    first = sources[0]
-    path = model_dir / f"{run or (first.stem if first.parent == model_dir else first.parent.name)}.pth"
-    if path.is_file() and not run:
-        raise Occupied(f"{path} exists: give another name with --run, or this one to replace it")
-    loaded = [load(source) for source in sources]
+    first, loaded = sources[0], [load(source) for source in sources]
+    path = model_dir / f"{run or f'{first.parent.name}_step{loaded[0].step}'}.pth"
+    if not run and (path.is_file() or first.parent == model_dir):
+        raise Occupied(f"{path if path.is_file() else first} exists: name the file with --run, which may replace one")
+    if run_states(path.stem, model_dir):
+        raise Occupied(f"{path.stem} is the name of a run: name the file with --run")
     if not (trained := loaded[0].settings):
         raise Mismatch(f"{first} is the published code's, which holds no settings: train on from it first")
     changes = {name: value for name, value in overrides.items() if name in ("data_dir", "stage_num")}

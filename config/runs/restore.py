@@ -1,6 +1,7 @@
 """Whole images through a network: the restored image of every stage, its scores, and validation by them."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,16 +38,23 @@ class Opened(NamedTuple):
     path: Path  # the checkpoint's file
     step: int
 
+    @property
+    def name(self) -> str:
+        """The run's name, or that of a file that is no state of a run."""
+        path = self.path
+        return path.parent.name if re.fullmatch("best|latest|step_[0-9]+", path.stem) else path.stem
+
 
 def open_network(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Opened:
-    """The network of checkpoint `name`, or of the run that `overrides` or `preset` (default sdsen) names.
+    """The network of checkpoint `name`, or without it of the run that `overrides` or `preset` (default sdsen) names.
 
     It is rebuilt from the settings in the checkpoint and gets the averaged weights if there are any. A checkpoint of
     the published code holds no settings: there `preset` and `overrides` describe the network.
     Raises MissingFile where there is no such checkpoint, Mismatch where it holds another network than `preset`.
     """
     settings = requested = resolve(preset or "sdsen", overrides)
-    path = ranks.from_first(lambda: checkpoints.find(name or requested.run, Path(requested.model_dir)))
+    find, word = (checkpoints.find, name) if name else (checkpoints.find_run, requested.run)
+    path = ranks.from_first(lambda: find(word, Path(requested.model_dir)))
     checkpoint = ranks.from_first(lambda: checkpoints.load(path))
     if checkpoint.settings:
         own = {field: getattr(requested, field) for field in COMMAND_FIELDS}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import model
-from base.errors import DamagedFile, Mismatch, MissingFile, NotWritable
+from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile, NotWritable
 from base.files import ROOT
 from runs import checkpoints
 from runs.checkpoints import Checkpoint
@@ -126,7 +126,9 @@ def test_find(tmp_path, monkeypatch):
         return str(checkpoints.find(name, tmp_path).relative_to(tmp_path))
 
     assert file("a") == "a/best.pth"
-    assert file("b") == "b/latest.pth"  # a run of one's own, not shipped weights of its name
+    with pytest.raises(BadArgument):  # a run of one's own or shipped weights?
+        file("b")
+    assert file("b/latest") == "b/latest.pth"
     assert file("b.pth") == "b.pth"
     assert file("a/latest") == "a/latest.pth"
     assert file("a/step_5.pth") == "a/step_5.pth"
@@ -134,7 +136,8 @@ def test_find(tmp_path, monkeypatch):
     assert file(str(tmp_path / "a" / "latest.pth")) == "a/latest.pth"
     monkeypatch.chdir(tmp_path / "a")
     assert checkpoints.find("step_5.pth", tmp_path).samefile(tmp_path / "a" / "step_5.pth")
-    assert checkpoints.find("models/sdsen.pth", tmp_path) == ROOT / "models" / "sdsen.pth"  # as typed in `config`
+    shipped = ROOT / "models" / "photographs.pth"
+    assert checkpoints.find("models/photographs.pth", tmp_path) == shipped  # as typed in `config`
     with pytest.raises(MissingFile, match="a, b, shipped"):
         checkpoints.find("c", tmp_path)
     with pytest.raises(MissingFile):

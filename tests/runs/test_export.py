@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model
-from base.errors import BadArgument, Mismatch, Occupied
+from base.errors import BadArgument, Mismatch, MissingFile, Occupied
 from base.files import ROOT
 from commands import LONG, SMALL, call, read, read_csv, same_weights
 from runs import checkpoints
@@ -30,6 +30,27 @@ def test_export_makes_a_file_that_test_and_training_take_by_its_name(places, tmp
     assert same_weights(tuned.network, weights)
     with pytest.raises(Occupied):
         call("-a", "export", "-m", "small", *places[:2])
+
+
+def test_a_run_and_a_file_of_weights_never_share_a_name(places, tmp_path):
+    train = ["-a", "train", *SMALL, *LONG, *places, "--run", "mine", "--steps"]
+    call(*train, 2)
+    call("-a", "export", "-m", "mine", *places[:2])
+    assert checkpoints.load(tmp_path / "model_dir" / "mine_step2.pth").step == 2
+    with pytest.raises(Occupied):
+        call("-a", "export", "-m", "mine", *places[:2], "--run", "mine")
+    call(*train, 3)  # resumes
+    (tmp_path / "model_dir" / "mine_step2.pth").rename(tmp_path / "model_dir" / "mine.pth")
+    with pytest.raises(Occupied):
+        call(*train, 4)
+    assert read(tmp_path, "latest", "mine").step == 3
+
+
+def test_a_preset_is_its_run_and_never_weights_of_that_name(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--run", "mine", "--steps", 1)
+    call("-a", "export", "-m", "mine", *places[:2], "--run", "sdsen")
+    with pytest.raises(MissingFile):
+        call("-a", "test", "-p", "sdsen", *SMALL, *places)
 
 
 def test_export_of_several_is_their_mean(places, tmp_path):
