@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from base.errors import BadArgument, UserError
+from base.files import ROOT
 
 log = logging.getLogger("sdsen")
 
@@ -46,6 +48,12 @@ def _rank_prefix() -> str:
     """The start of each line: "rank N: " in the processes of torchrun except the first."""
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return "" if rank == "0" else f"rank {rank}: "
+
+
+def command_line(script: str, *words: str) -> str:
+    """The command that runs a script of `config`, such as "main.py", as it is typed in the working directory."""
+    path = str(ROOT / "config" / script)
+    return shlex.join(["python", min(os.path.relpath(path), path, key=len), *words])
 
 
 class Progress(tqdm):
