@@ -1,9 +1,11 @@
 """Turn a downloaded rain data set into data_dir/{train,val,test}/NAME.png|.jpg, one image per pair: B left, O right.
 
     python config/convert.py rain800 ~/Downloads/rain800 --data_dir data/rain800
+    python config/convert.py own --train PAIRS --data_dir data/mine
 
-Exit status: 0 all converted; 1 some files left out, named in data_dir/convert_report.txt; 2 nothing done. A second run
-completes an interrupted one.
+SOURCE may hold several sets: folders of others are left out and listed. Whether files are joined pairs or rainy and
+clean images with equal names is told by their contents. Exit status: 0 all converted; 1 some pairs left out, named in
+data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
 """
 
 import argparse
@@ -12,17 +14,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from base.console import Parser, in_terminal, log, run_script, set_up_log
-from base.errors import MissingFile, Occupied, UserError
+from base.console import Parser, Progress, command_line, log, run_script, set_up_log
+from base.errors import BadArgument, Mismatch, MissingFile, Occupied, UserError
 from base.files import ROOT, write_bytes
-from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8, write_image
-from datasets import layouts
-from datasets.layouts import LAYOUTS, Found, Pair, rain_side, read_download
+from base.images import list_images, read_image, read_pair, shared_backgrounds, survey, thumbnail, to_bgr8, write_image
+from datasets import layouts, pairing
+from datasets.layouts import LAYOUTS, SPLITS, Found
+from datasets.pairing import Pair, read_download
 
-SPLITS = ("train", "val", "test")
 SHARED = "validation backgrounds that are also trained on"
+SHOWN = 10  # lines of each section of the report that are also logged
 
 Report = dict[str, list[str]]  # lines by title
 Thumbnails = dict[str, dict[str, np.ndarray]]  # of clean halves: {split: {"split/file": (1024,)}}
@@ -31,33 +33,58 @@ Thumbnails = dict[str, dict[str, np.ndarray]]  # of clean halves: {split: {"spli
 def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pair]]:
     """The pairs of each split, named, with `--val` of the training pairs as "val". Raises UserError where none is."""
     found: dict[str, list[Found]] = {}
-    if options.set == "folders":
-        roles = {"clean": options.clean, "rainy": options.rainy}
-        found[options.split] = [Found(path, (), role) for role, root in roles.items() for path in list_images(root)]
+    for role, folder in (("clean", options.clean), ("rainy", options.rainy)) if options.set == "folders" else ():
+        images, others = survey(folder)
+        found.setdefault(options.split, []).extend(Found(path, (), role) for path in images)
+        report["ignored"] += [f"{path}: {reason}" for path, reason in others.items()]
     for split, root in (("", options.source), ("train", options.train), ("test", options.test)):
         if root:
             images, ignored = layouts.find_images(options.set, root, options.data_dir, split)
             report["ignored"] += ignored
             found |= images
-    pairs = {}
-    for split, images in found.items():
-        if LAYOUTS[options.set].joined:
-            given = options.clean_side
-            side, is_clear = (given, True) if given else layouts.find_clean_side([image.path for image in images])
-            if not is_clear:
-                report["warnings"].append(f"{split}: the clean side is a guess: look at the result, or --clean_side")
-            pairs[split] = [Pair(i.path, None, i.parts, i.path.stem, clean_left=side == "left") for i in images]
-        else:
-            pairs[split], left_out = layouts.pair_by_name(images)
-            report["left out"] += left_out
-        layouts.make_names_unique(pairs[split])
+    pairs = {split: pair_up(split, images, options, report) for split, images in found.items()}
     if not any(pairs.values()):
-        raise MissingFile("; ".join(["no pairs found", *report["left out"][:1], *report["ignored"][:1]]))
-    if "train" in pairs:
-        chosen = layouts.choose_validation(pairs["train"], options.val, options.seed)
+        raise MissingFile("; ".join(["no pairs found", *report["left out"][:1], *report["ignored"][:5]]))
+    if options.drop_shared:
+        drop_shared(pairs, options.data_dir, report)
+    if pairs.get("train"):
+        total = len(pairs["train"])
+        count = options.val if options.val is not None else 100 if total >= 200 else -(-total // 10)
+        chosen = pairing.choose_validation(pairs["train"], count, options.seed)
         pairs["val"] = [pair for pair in pairs["train"] if pair.name in chosen]
         pairs["train"] = [pair for pair in pairs["train"] if pair.name not in chosen]
     return pairs
+
+
+def pair_up(split: str, images: list[Found], options: argparse.Namespace, report: Report) -> list[Pair]:
+    """The pairs of one split: joined files, or two files with equal names, as their contents tell."""
+    if options.set != "folders" and (options.clean_side or pairing.are_joined(images)):
+        given = options.clean_side
+        side, is_clear = (given, True) if given else pairing.find_clean_side([image.path for image in images])
+        if not is_clear:
+            report["warnings"].append(f"{split}: the clean side is a guess: look at the result, or --clean_side")
+        pairs = [Pair(i.path, None, i.parts, i.path.stem, clean_left=side == "left") for i in images]
+    else:
+        pairs, left_out = pairing.pair_by_name(images)
+        report["left out"] += left_out
+    pairing.make_names_unique(pairs)
+    return pairs
+
+
+def drop_shared(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) -> None:
+    """Leave out the training pairs that show the background of a test pair, of this call or in `data_dir`."""
+    thumbs: Thumbnails = {"train": {}, "test": {} if pairs.get("test") else thumbnails_in(data_dir, "test")}
+    for split in thumbs:
+        for pair in Progress(pairs.get(split, ()), f"backgrounds of {split}", unit="pair"):
+            with contextlib.suppress(UserError):  # reported when this pair is converted
+                thumbs[split][str(pair.rainy)] = thumbnail(read_download(pair)[0])
+    if not thumbs["train"] or not thumbs["test"]:
+        raise BadArgument(
+            "--drop_shared compares training pairs with test pairs: convert both, or the test pairs first"
+        )
+    shared = shared_backgrounds(thumbs["train"], thumbs["test"])
+    report["dropped, as they show test backgrounds"] = [f"{name}: {', '.join(same)}" for name, same in shared.items()]
+    pairs["train"] = [pair for pair in pairs["train"] if str(pair.rainy) not in shared]
 
 
 def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) -> Thumbnails:
@@ -73,18 +100,17 @@ def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) ->
             raise Occupied(f"{path} does not come from these files and options: choose another --data_dir")
 
     thumbs = defaultdict(dict)
-    bar = tqdm(todo, unit="pair", disable=not in_terminal(), leave=False)
-    for done, (split, pair, target, copied) in enumerate(bar):
-        if bar.disable and done % max(1, len(todo) // 10) == 0:
-            log.info(f"{done} of {len(todo)} pairs")
+    for split, pair, target, copied in Progress(todo, unit="pair"):
         try:
             clean, rainy = read_download(pair)
+            if pairing.likeness(clean, rainy) < pairing.OTHER_PICTURE:
+                raise Mismatch(f"{pair.rainy}: {pair.clean or 'its other half'} is another picture")
         except UserError as error:
             report["left out"].append(str(error))
             continue
         write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
         thumbs[split][f"{split}/{target.name}"] = thumbnail(clean)
-        if rain_side(clean, rainy) < 0:
+        if pairing.rain_side(clean, rainy) < 0:
             report["warnings"].append(f"{split}/{target.name}: clean and rainy look swapped ({pair.rainy})")
     if not thumbs:
         raise MissingFile(f"none of {len(todo)} pairs can be converted; the first: {report['left out'][0]}")
@@ -106,9 +132,7 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
     """Look for shared backgrounds, write convert_report.txt and show the next command."""
     counts = ", ".join(f"{split} {len(thumbs[split])}" for split in SPLITS if split in thumbs)
     for split in set(SPLITS) - set(thumbs):  # splits in data_dir that are not converted by this call
-        for path in list_images(data_dir / split):
-            with contextlib.suppress(UserError):
-                thumbs[split][f"{split}/{path.name}"] = thumbnail(read_pair(path)[0])
+        thumbs[split] = thumbnails_in(data_dir, split)
     for name, same in shared_backgrounds(thumbs["test"], thumbs["train"] | thumbs["val"]).items():
         report["warnings"].append(f"test background also in training: {name}: {', '.join(same)}")
     for name, same in shared_backgrounds(thumbs["val"], thumbs["train"]).items():
@@ -117,33 +141,47 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
     for title, lines in report.items():
         text += ["", f"{title}: {len(lines)}", *(f"  {line}" for line in lines)]
         if lines:
-            log.info(f"{title}: {len(lines)}, listed in {path}; the first: {lines[0]}")
-    write_bytes(path, ("\n".join(text) + "\n").encode())
-    log.info(f"{counts} pairs; next: main.py -a {'train' if thumbs['train'] else 'test'} --data_dir {data_dir}")
+            more = f"\n  ... all in {path}" if lines[SHOWN:] else ""
+            log.info("\n  ".join([f"{title}: {len(lines)}", *lines[:SHOWN]]) + more)
+    write_bytes(path, ("\n".join(text) + "\n").encode("utf-8", "backslashreplace"))
+    action = ["train", "-p", "sdsen"] if thumbs["train"] and thumbs["val"] else ["test", "-m", "photographs"]
+    log.info(f"{counts} pairs; next: {command_line('main.py', '-a', *action, '--data_dir', str(data_dir))}")
+
+
+def thumbnails_in(data_dir: Path, split: str) -> dict[str, np.ndarray]:
+    """Thumbnails of the clean halves in a folder of a data set by "split/file"."""
+    thumbs = {}
+    for path in list_images(data_dir / split):
+        with contextlib.suppress(UserError):
+            thumbs[f"{split}/{path.name}"] = thumbnail(read_pair(path)[0])
+    return thumbs
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "set", choices=LAYOUTS, help="joined: any joined files; folders: any two folders, paired by name"
+        "set", choices=LAYOUTS, help="own, joined: any other set; folders: any two folders, paired by name"
     )
     parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
-    parser.add_argument("--train", type=Path, help="instead of SOURCE: the folder of the training pairs")
-    parser.add_argument("--test", type=Path, help="instead of SOURCE: the folder of the test pairs")
+    parser.add_argument("--train", type=Path, help="the folder of the training pairs, instead of what SOURCE holds")
+    parser.add_argument("--test", type=Path, help="the folder of the test pairs, instead of what SOURCE holds")
     parser.add_argument("--clean", type=Path, help="folders: the clean images")
     parser.add_argument("--rainy", type=Path, help="folders: the rainy images")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="folders: what these pairs are for")
     parser.add_argument("--data_dir", type=Path, help="where to write (default: data/SET of the repository)")
-    parser.add_argument("--val", type=int, default=100, help="validation pairs, taken from the training pairs (100)")
+    parser.add_argument(
+        "--val", type=int, help="validation pairs, taken from the training pairs (100; a tenth of fewer than 200)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice (0)")
+    parser.add_argument("--drop_shared", action="store_true", help="leave out training pairs on test backgrounds")
     parser.add_argument("--clean_side", choices=["left", "right"], help="joined files: the clean half (default: found)")
     options = parser.parse_args(arguments)
     given = [name for name in ("source", "train", "test", "clean", "rainy") if getattr(options, name)]
     if options.set == "folders" and given != ["clean", "rainy"]:
         parser.error("folders needs --clean DIR and --rainy DIR")
-    if options.set != "folders" and given not in (["source"], ["train"], ["test"], ["train", "test"]):
-        parser.error(f"{options.set} needs SOURCE, or --train DIR and --test DIR")
-    if options.val < 0:
+    if (options.set != "folders" and not set(given) <= {"source", "train", "test"}) or not given:
+        parser.error(f"{options.set} needs SOURCE, --train DIR or --test DIR")
+    if options.val is not None and options.val < 0:
         parser.error(f"--val must be at least 0, got {options.val}")
     options.data_dir = (options.data_dir or ROOT / "data" / options.set).resolve()
     for path in (getattr(options, name) for name in given):

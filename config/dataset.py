@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from base.console import in_terminal, log
-from base.errors import BadArgument, Mismatch
+from base import images as image_files
+from base.console import Progress, command_line, log
+from base.errors import BadArgument, Mismatch, MissingFile, UserError
 from base.files import ROOT
-from base.images import list_pairs, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
-from datasets import builtin
+from base.images import read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
+from datasets import builtin, pairing
+from datasets.layouts import SPLITS, Found, find_images, role_of
 from settings import Settings
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES
@@ -37,6 +38,38 @@ def data_path(settings: Settings) -> Path:
     return folder
 
 
+def list_pairs(source: Path) -> list[Path]:
+    """The joined pairs in a folder, or `source` itself if it is a file.
+
+    Raises MissingFile where there are none, Mismatch where the files are rainy and clean images by name and contents.
+    Both say how to convert what is there.
+    """
+    try:
+        paths = image_files.list_pairs(source)
+    except MissingFile:
+        raise MissingFile(f"{source} contains no pairs{_how_to_convert(source)}") from None
+    images = [Found(path, (), role_of(path, ())) for path in paths]
+    both = {"clean", "rainy"} <= {image.role for image in images}
+    if both and pairing.pair_by_name(images)[0] and not pairing.are_joined(images):
+        raise Mismatch(f"{source} contains rainy and clean images, not joined pairs{_how_to_convert(source)}")
+    return paths
+
+
+def _how_to_convert(source: Path) -> str:
+    """The command that makes a data set of the images in a folder or, if that is a split, beside it."""
+    root = source.parent if source.name in SPLITS else source
+    for words, split in (([str(root)], ""), (["--train", str(root)], "train")):
+        try:
+            images = find_images("own", root, root / "none", split)[0].get("train", [])
+        except UserError:
+            continue
+        if images and (pairing.are_joined(images) or pairing.pair_by_name(images)[0]):
+            return (
+                f"; {command_line('convert.py', 'own', *words, '--data_dir', f'{root}_pairs')} makes a data set of it"
+            )
+    return "; convert.py makes data sets of rainy and clean images, rain.py draw of clean images"
+
+
 class CropDataset(Dataset):
     """Random crops (O, B) of stored pairs or, with setting `rain`, of clean images with new synthetic rain.
 
@@ -48,7 +81,8 @@ class CropDataset(Dataset):
     def __init__(self, folder: Path, settings: Settings, read_labels: LabelReader | None = None):
         self.settings, self.read_labels = settings, read_labels
         first = Path(settings.clean_dir or folder)
-        self.paths = [path for each in (first, *settings.more_data) for path in list_pairs(Path(each))]
+        clean = image_files.list_pairs(first) if settings.clean_dir else list_pairs(first)
+        self.paths = [*clean, *(path for each in settings.more_data for path in list_pairs(Path(each)))]
         self.synthetic = {path for path in self.paths if settings.rain and path.parent == first}
         self.kept: dict[Path, Images] = {}
         others = [path for each in settings.exclude for path in list_pairs(Path(each))]
@@ -56,13 +90,15 @@ class CropDataset(Dataset):
         free = settings.cache_gib * 2**30
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
             images_of = pool.map(self._read, self.paths)
-            bar = tqdm(self.paths, "first scan", disable=not in_terminal(), leave=False)
+            bar = Progress(self.paths, "first scan", unit="image")
             for path, images in zip(bar, images_of, strict=True):
                 if excluded:
                     thumbs[path] = thumbnail(images[0])
                 free -= sum(image.nbytes for image in images)
                 if free >= 0:
                     self.kept[path] = images
+        if not pairing.are_joined([Found(path, (), "") for path in self.paths if path not in self.synthetic]):
+            log.warning(f"warning: most images of {folder} are no pairs, as their halves show two pictures")
         shared = shared_backgrounds(thumbs, excluded)
         self.paths = [path for path in self.paths if path not in shared]
         if not self.paths:

@@ -1,55 +1,111 @@
 """Synthetic rain on clean images, in styles fitted to the data sets of the paper.
 
-python config/rain.py draw CLEAN PAIRS --style rain100h --count 5   writes joined pairs for training
-python config/rain.py compare PAIRS --style rain100h                compares synthetic rain with real pairs, in figures
+python config/rain.py draw CLEAN DATA --style rain100h --count 5   makes a data set: DATA/train, val and test
+python config/rain.py draw CLEAN DATA/train                        makes one folder of joined pairs
+python config/rain.py compare PAIRS --style rain100h               compares synthetic rain with real pairs, in figures
 """
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from base.console import Parser, log, run_script, set_up_log
+from base.console import Parser, Progress, command_line, log, run_script, set_up_log
 from base.errors import BadArgument, Occupied
 from base.files import write_bytes
-from base.images import list_pairs, read_image, read_pair, to_bgr8, write_image
+from base.images import (
+    list_images,
+    list_pairs,
+    read_image,
+    read_pair,
+    shared_backgrounds,
+    thumbnail,
+    to_bgr8,
+    write_image,
+)
+from datasets.layouts import SPLITS
+from datasets.pairing import Pair, choose_validation
 from synthesis.measure import comparison
 from synthesis.streaks import add_rain, picture_generator
 from synthesis.styles import STYLES, IntensityRain
 
 
-def draw(options: argparse.Namespace) -> int:
-    """Write joined pairs, B left and O right; returns how many. A second call writes the same files."""
-    style, target, chosen, paths = STYLES[options.style], options.target, [], list_pairs(options.source)
-    if target.resolve() in (path.resolve() for path in (options.source, paths[0].parent)):
-        raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")
+def draw(options: argparse.Namespace) -> Counter[Path]:
+    """Write joined pairs, B left and O right; returns how many by folder. A second call writes the same files."""
+    style, paths = STYLES[options.style], list_pairs(options.source)
     stem, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
         raise BadArgument(f"{times} images are called {stem}: rename them, their pairs would share a name")
-    for path in paths:
-        clean = read_pair(path)[0] if options.pairs else to_bgr8(read_image(path))
+    folders = choose_folders(paths, options)
+    drawn, chosen = Counter(), defaultdict(list)
+    for path in Progress(paths, unit="image"):
+        clean, folder = read_clean(path, options), folders[path]
         for number in range(options.count):
             name = f"{path.stem}_x{number + 1}.png"
             rainy = add_rain(clean, style, picture_generator(options.seed, path.stem, number))
-            write_image(target / name, np.hstack([clean, rainy]))
+            write_image(folder / name, np.hstack([clean, rainy]))
+            drawn[folder] += 1
             if isinstance(style, IntensityRain):
                 angle, radius = style.choose(picture_generator(options.seed, path.stem, number))
-                chosen.append(f"{name},{angle:g},{radius:g}\n")
-    if chosen:
-        write_bytes(target / "drawn.csv", "".join(["image,degrees,radius\n", *chosen]).encode())
-    note = f"synthetic rain: {options.style}, {options.count} on each of {len(paths)} images, seed {options.seed}\n"
-    write_bytes(target / "drawn.txt", note.encode())
-    return len(paths) * options.count
+                chosen[folder].append(f"{name},{angle:g},{radius:g}\n")
+    for folder, count in drawn.items():
+        if chosen:
+            write_bytes(folder / "drawn.csv", "".join(["image,degrees,radius\n", *chosen[folder]]).encode())
+        images = f"{options.count} on each of {count // options.count} images"
+        write_bytes(folder / "drawn.txt", f"synthetic rain: {options.style}, {images}, seed {options.seed}\n".encode())
+    return drawn
+
+
+def read_clean(path: Path, options: argparse.Namespace) -> np.ndarray:
+    return read_pair(path)[0] if options.pairs else to_bgr8(read_image(path))
+
+
+def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
+    """The folder for the pairs of each clean image, so that a photograph is in one split. Raises UserError."""
+    target, counts = options.target, (options.val, options.test)
+    places = [target] if target.name in SPLITS else [target / split for split in SPLITS]
+    if {place.resolve() for place in (target, *places)} & {options.source.resolve(), paths[0].parent.resolve()}:
+        raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")
+    if target.name in SPLITS:
+        if counts != (None, None):
+            raise BadArgument(f"--val and --test divide a data set, but {target} is one split: leave them out")
+        return dict.fromkeys(paths, target)
+    val, test = (-(-len(paths) // 10) if count is None else count for count in counts)
+    if val + test >= len(paths):
+        least = f"--val {val} and --test {test} leave none of {len(paths)} images for training"
+        raise BadArgument(f"{least}: lower them, or draw to {target / 'train'} alone")
+    thumbs, group = {str(path): thumbnail(read_clean(path, options)) for path in Progress(paths, unit="image")}, {}
+    same = shared_backgrounds(thumbs, thumbs)
+    for path in map(str, paths):  # the first image that shows the same photograph stands for all
+        first = same.get(path, [path])[0]
+        group[path] = group.get(first, path)
+    pairs = [Pair(path, Path(group[str(path)]), (), path.stem) for path in paths]
+    folders = {}
+    for split, count in (("test", test), ("val", val), ("train", len(paths))):
+        rest = [pair for pair in pairs if pair.rainy not in folders]
+        names = choose_validation(rest, count, seed=0) if split != "train" else {pair.name for pair in rest}
+        folders |= {pair.rainy: target / split for pair in rest if pair.name in names}
+        if count and not names:
+            raise BadArgument(f"no photograph is left for {split}, as images that show the same stay together")
+    planned = {f"{folder / path.stem}_x{k + 1}.png" for path, folder in folders.items() for k in range(options.count)}
+    for path in (path for place in places for path in list_images(place)):
+        if str(path) not in planned:
+            raise Occupied(f"{path} does not come from these images and options: choose another folder for the pairs")
+    return folders
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    drawing = commands.add_parser("draw", help="write joined pairs (B left, O right) of clean images")
+    drawing = commands.add_parser("draw", help="make a data set of joined pairs (B left, O right)")
     drawing.add_argument("source", type=Path, metavar="CLEAN", help="a clean image or a folder of clean images")
-    drawing.add_argument("target", type=Path, metavar="PAIRS", help="the folder to write name_x1.png, .. to")
+    drawing.add_argument(
+        "target", type=Path, metavar="DATA", help="the folder to write train, val and test to; or one of these"
+    )
     drawing.add_argument("--pairs", action="store_true", help="CLEAN holds joined pairs: take their clean halves")
+    drawing.add_argument("--val", type=int, help="clean images for validation (a tenth)")
+    drawing.add_argument("--test", type=int, help="clean images for the test (a tenth)")
     comparing = commands.add_parser("compare", help="print figures of real pairs and of synthetic rain on their B")
     comparing.add_argument("source", type=Path, metavar="PAIRS", help="a joined pair or a folder of joined pairs")
     for command in (drawing, comparing):
@@ -57,11 +113,17 @@ def main(arguments: list[str]) -> None:
         command.add_argument("--count", type=int, default=1, help="renderings per image; default: %(default)s")
         command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.count < 1 or options.seed < 0:
-        raise BadArgument("--count must be at least 1 and --seed at least 0")
+    held_out = [count for name in ("val", "test") if (count := getattr(options, name, None)) is not None]
+    if options.count < 1 or min([options.seed, *held_out]) < 0:
+        raise BadArgument("--count must be at least 1, --seed, --val and --test at least 0")
     set_up_log()
     if options.command == "draw":
-        log.info(f"{draw(options)} pairs with {options.style} rain are in {options.target}")
+        drawn = draw(options)
+        for folder, count in drawn.items():
+            log.info(f"{count} pairs with {options.style} rain are in {folder}")
+        if options.target / "val" in drawn:
+            command = command_line("main.py", "-a", "train", "-p", "sdsen", "--data_dir", str(options.target))
+            log.info(f"next: {command}")
     else:
         log.info(comparison(list_pairs(options.source), options.style, options.count, options.seed))
 

@@ -116,11 +116,61 @@ RAIN1200 = {
     **numbered("DID-MDN-training/Rain_Light/train2018new/{}.png", "O{0}.3|B{0}", 2, 20),
     **numbered("DID-MDN-test/{}.png", "O{0}|B{0}", 2, 50),
 }
-TEST_SET = {"001": "51", "002": "52"}
 LEVELS = {
     f"Rain_{level}-{k + 1}": f"{start + k}.{rain}"
     for level, start, rain in (("Heavy", 0, 1), ("Medium", 10, 2), ("Light", 20, 3))
     for k in range(2)
+}
+RESTORMER = {  # a training set of all sets, and test sets with equal names
+    **numbered("train/Rain13K/input/{}.jpg", "O{}"),
+    **numbered("train/Rain13K/target/{}.jpg", "B{}"),
+    **{
+        name: kind
+        for start, folder in enumerate(("Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"), 5)
+        for name, kind in {
+            **numbered(f"test/{folder}/input/{{}}.png", "O{}", 2, 10 * start),
+            **numbered(f"test/{folder}/target/{{}}.png", "B{}", 2, 10 * start),
+        }.items()
+    },
+}
+RAIN200 = {  # both sets in one folder; H as JORDER-E's, L as in later papers
+    **numbered("Rain200H/train/rain/X2/norain-{}x2.png", "O{}"),
+    **numbered("Rain200H/train/norain/norain-{}.png", "B{}"),
+    **numbered("Rain200H/test/rain/X2/norain-{}x2.png", "O{}", 2, 50),
+    **numbered("Rain200H/test/norain/norain-{}.png", "B{}", 2, 50),
+    **numbered("Rain200L/train/input/{}.png", "O{}", 4, 20),
+    **numbered("Rain200L/train/target/{}.png", "B{}", 4, 20),
+    **numbered("Rain200L/test/input/{}.png", "O{}", 2, 60),
+    **numbered("Rain200L/test/target/{}.png", "B{}", 2, 60),
+}
+SPA = {
+    **{f"Training/real_world/{k + 1}/rain/{k + 1}_{j}.png": f"O{k}.{j}" for k in range(2) for j in (1, 2)},
+    **{f"Training/real_world/{k + 1}/gt/{k + 1}.png": f"B{k}" for k in range(2)},
+    "Training/real_world/9/rain/9.png": "S0",  # in no list
+    **numbered("Testing/real_test_1000/rain/00{}.png", "O{}", 2, 50),
+    **numbered("Testing/real_test_1000/gt/00{}gt.png", "B{}", 2, 50),
+    "Testing/Real_Internet/1.jpg": "S0",
+}
+SPA_LISTS = {
+    "Training/real_world.txt": "".join(
+        f"/real_world/{k}/rain/{k}_{j}.png /real_world/{k}/gt/{k}.png\n" for k in (1, 2) for j in (1, 2)
+    ),
+    "Testing/real_test_1000.txt": "/real_test_1000/rain/001.png /real_test_1000/gt/001gt.png\n"
+    "/real_test_1000/rain/002.png /real_test_1000/gt/002gt.png\n",
+}
+RAINDS = {
+    **numbered("RainDS_syn/train/gt/norain-{}.png", "B{}"),
+    **numbered("RainDS_syn/train/rainstreak/rain-{}.png", "O{}"),
+    **numbered("RainDS_syn/train/raindrop/rd-{}.png", "S{}"),
+    **numbered("RainDS_syn/train/rainstreak_raindrop/rd-rain-{}.png", "S{}"),
+    **numbered("RainDS_syn/test/gt/pie-norain-{}.png", "B{}", 2, 50),
+    **numbered("RainDS_syn/test/rainstreak/pie-rain-{}.png", "O{}", 2, 50),
+    **{
+        f"RainDS_real/{split}_set/{folder}/{k + 1}.png": f"{kind}{start + k}"
+        for split, count, start in (("train", 4, 20), ("test", 2, 60))
+        for folder, kind in (("gt", "B"), ("rainstreak", "O"), ("raindrop", "S"), ("rainstreak_raindrop", "S"))
+        for k in range(count)
+    },
 }
 FOUR, TWO = {str(k + 1): str(k) for k in range(4)}, {f"00{k + 1}": str(50 + k) for k in range(2)}
 RENDERED = {f"{k + 1}_{j}": f"{k}.{j}" for k in range(4) for j in (1, 2, 3)}
@@ -170,6 +220,42 @@ LAYOUTS = {
     ),
     "rain1200": ("rain1200", RAIN1200, LEVELS, {"1": "50", "2": "51"}),
     "rain1400": ("rain1400", RAIN1400, RENDERED, RENDERED_TEST),
+    "rain100h in Restormer's tree": ("rain100h", RESTORMER, {}, {"1": "60", "2": "61"}),
+    "test100 in Restormer's tree": ("test100", RESTORMER, {}, {"1": "50", "2": "51"}),
+    "test2800 in Restormer's tree": ("test2800", RESTORMER, {}, {"1": "80", "2": "81"}),
+    "rain1200 in Restormer's tree": ("rain1200", RESTORMER, {}, {"1": "90", "2": "91"}),
+    "rain200h, JORDER-E's": ("rain200h", RAIN200, FOUR, {"1": "50", "2": "51"}),
+    "rain200l": ("rain200l", RAIN200, {str(k + 1): str(20 + k) for k in range(4)}, {"1": "60", "2": "61"}),
+    "rain200h, the release's name": ("rain200h", OLD_RAIN100, FOUR, TWO),
+    "rainds_syn": ("rainds_syn", RAINDS, FOUR, {"pie-1": "50", "pie-2": "51"}),
+    "rainds_real": ("rainds_real", RAINDS, {str(k + 1): str(20 + k) for k in range(4)}, {"1": "60", "2": "61"}),
+    "rain800, separate files": (
+        "rain800",
+        {
+            **numbered("train/rain/{}.png", "O{}"),
+            **numbered("train/norain/{}.png", "B{}"),
+            **numbered("test/rain/{}.png", "O{}", 2, 50),
+            **numbered("test/norain/{}.png", "B{}", 2, 50),
+        },
+        FOUR,
+        {"1": "50", "2": "51"},
+    ),
+    "rain100h, joined files": (
+        "rain100h",
+        {**numbered("Rain100H/train/{}.png", "B{0}|O{0}"), **numbered("Rain100H/test/{}.png", "O{0}|B{0}", 2, 50)},
+        FOUR,
+        {"1": "50", "2": "51"},
+    ),
+    "own, one kind joined": (
+        "own",
+        {
+            **numbered("train/{}.png", "B{0}|O{0}"),
+            **numbered("test/lq/{}.png", "O{}", 2, 50),
+            **numbered("test/GT/{}.png", "B{}", 2, 50),
+        },
+        FOUR,
+        {"1": "50", "2": "51"},
+    ),
 }
 
 
@@ -177,12 +263,14 @@ LAYOUTS = {
 def test_every_layout_becomes_the_same_exact_pairs(tmp_path, layout):
     set_name, files, training, test = LAYOUTS[layout]
     source, out = lay_out(tmp_path / "download", files), tmp_path / "out"
-    assert run(set_name, source, "--data_dir", out, "--val", 1 if set_name != "rain1400" else 3) == 0
+    val = 0 if not training else 1 if set_name != "rain1400" else 3
+    assert run(set_name, source, "--data_dir", out, "--val", val) == 0
     ignored = "\n".join(report(out)["ignored"])
-    for folder in {"rainstreak", "rainregion", "test_nature", "RainTrainL"} & {p.name for p in source.rglob("*")}:
-        assert (folder in ignored) == (set_name != "rain100l")
+    not_paired = {"rainstreak"} if set_name[:6] != "rainds" else {"raindrop", "rainstreak_raindrop"}
+    for folder in ({"rainregion", "test_nature", "RainTrainL"} | not_paired) & {p.name for p in source.rglob("*")}:
+        assert f"/{folder}: " in ignored or set_name == "rain100l"
     assert ("RainTrainH" in ignored) == any("/rainstreak-" in name for name in files)
-    assert len(names_of(out, "val")) == (0 if not training else 1 if set_name != "rain1400" else 3)
+    assert len(names_of(out, "val")) == val
     for splits, expected in ((("train", "val"), training), (("test",), test)):
         written = {path.stem: path for split in splits if (out / split).is_dir() for path in list_images(out / split)}
         assert set(written) == set(expected)
@@ -190,6 +278,149 @@ def test_every_layout_becomes_the_same_exact_pairs(tmp_path, layout):
             clean, rain = read_pair(written[stem])
             np.testing.assert_array_equal(clean, picture("B" + which.partition(".")[0]))
             np.testing.assert_array_equal(rain, picture("O" + which))
+
+
+def same_pictures(written: Path, expected: str) -> bool:
+    """Whether a file shows `expected`, kinds of `picture`, apart from what JPEG changes."""
+    return np.abs(read_image(written).astype(int) - picture(expected)).mean() < 3
+
+
+def test_rain13k_takes_the_training_set_and_the_test_set_that_is_asked_for(tmp_path):
+    source, out = lay_out(tmp_path / "Datasets", RESTORMER), tmp_path / "out"
+    assert run("rain13k", source, "--data_dir", out, "--val", 1) == 0
+    assert names_of(out, "train", "val") == {f"{k}.png" for k in (1, 2, 3, 4)}
+    assert names_of(out, "test") == set()
+    ignored = "\n".join(report(out)["ignored"])
+    assert all(f"{name}/input: 2 " in ignored for name in ("Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"))
+    run("rain13k", source, "--test", source / "test/Rain100L", "--data_dir", out, "--val", 1)
+    for k in (1, 2):
+        assert same_pictures(out / f"test/{k}.png", f"B{69 + k}|O{69 + k}")
+
+
+def test_lists_of_spa_data_tell_the_pairs(tmp_path):
+    source, out = lay_out(tmp_path / "SPA-Data", SPA), tmp_path / "out"
+    for name, text in SPA_LISTS.items():
+        (source / name).write_text(text)
+    with open(source / "Training/real_world.txt", "a") as file:
+        file.write("/real_world/8/rain/8.png /real_world/8/gt/8.png\n")
+    assert run("spa", source, "--data_dir", out, "--val", 2) == 0
+    assert names_of(out, "train", "val") == {f"{k}_{j}.png" for k in (1, 2) for j in (1, 2)}
+    assert len({name[0] for name in names_of(out, "val")}) == 1  # both rainy images of a scene
+    assert same_pictures(out / "test/002.png", "B51|O51")
+    ignored = "\n".join(report(out)["ignored"])
+    assert "real_world/9/rain: 1 " in ignored
+    assert "Real_Internet: 1 " in ignored
+    assert "real_world.txt: 1 " in ignored
+
+
+def test_spa_data_without_its_lists_is_paired_by_name(tmp_path):
+    source = lay_out(tmp_path / "SPA-Data", {name: kind for name, kind in SPA.items() if name.startswith("Testing")})
+    assert run("spa", source, "--data_dir", tmp_path / "out") == 0
+    assert names_of(tmp_path / "out", "test") == {"001.png", "002.png"}
+    assert same_pictures(tmp_path / "out/test/002.png", "B51|O51")
+
+
+@pytest.mark.parametrize("set_name", ["rain800", "rain1200", "joined", "own"])
+def test_separate_files_are_not_cut_in_halves(tmp_path, set_name):
+    lay_out(tmp_path, {**numbered("x/rain/{}.png", "O{}"), **numbered("x/norain/{}.png", "B{}")})
+    assert run(set_name, "--test", tmp_path / "x", "--data_dir", tmp_path / "out") == 0
+    assert all(same_pictures(tmp_path / f"out/test/{k + 1}.png", f"B{k}|O{k}") for k in range(4))
+
+
+def test_single_pictures_make_no_pairs(tmp_path):
+    """Neither a folder of them nor one among joined pairs; pictures of one name that differ are no pair either."""
+    lay_out(tmp_path, {**numbered("single/train/{}.png", "B{}"), **numbered("mixed/test/{}.png", "B{0}|O{0}")})
+    lay_out(tmp_path, {"mixed/test/9.png": "B9", **numbered("named/test/rain/{}.png", "O{}")})
+    lay_out(tmp_path, {**numbered("named/test/norain/{}.png", "B{}"), "named/test/norain/4.png": "B77"})
+    with pytest.raises(MissingFile):
+        run("own", tmp_path / "single", "--data_dir", tmp_path / "out")
+    for name, left_out, count in (("mixed", "9.png", 4), ("named", "4.png", 3)):
+        assert run("own", tmp_path / name, "--data_dir", tmp_path / f"{name}_out") == 1
+        assert len(names_of(tmp_path / f"{name}_out", "test")) == count
+        assert [left_out in line for line in report(tmp_path / f"{name}_out")["left out"]] == [True]
+
+
+def test_what_can_be_told_by_no_name_is_asked_for(tmp_path):
+    plain = lay_out(tmp_path / "mine", {**numbered("rain/{}.png", "O{}"), **numbered("norain/{}.png", "B{}")})
+    two = {**numbered("{{}}/test/in/{}.png", "O{}"), **numbered("{{}}/test/gt/{}.png", "B{}")}
+    lay_out(tmp_path / "two", {name.format(part): kind for name, kind in two.items() for part in ("a", "b")})
+    with pytest.raises(MissingFile, match=f"--train {plain} or --test {plain}"):
+        run("own", plain, "--data_dir", tmp_path / "out")
+    with pytest.raises(BadArgument, match=r"two/a/test or .*two/b/test.*--test"):
+        run("own", tmp_path / "two", "--data_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert run("own", "--train", plain, "--test", tmp_path / "two/a", "--data_dir", tmp_path / "out") == 0
+    counts = [len(names_of(tmp_path / "out", split)) for split in ("train", "val", "test")]
+    assert counts == [3, 1, 4]  # a tenth of few pairs validates, but at least one
+
+
+def test_training_folder_that_holds_the_test_set_too_gives_the_training_pairs(tmp_path, rain800):
+    run("rain800", "--train", rain800, "--data_dir", tmp_path / "out", "--val", 3)
+    assert names_of(tmp_path / "out", "train", "val") == {f"{k}.jpg" for k in range(1, 11)}
+    assert [str(rain800 / "test") in line for line in report(tmp_path / "out")["ignored"]] == [True]
+
+
+def test_folders_named_after_the_set_come_before_others(tmp_path):
+    named = {name: kind for name, kind in ONE_FOLDER.items() if name.startswith("Rain100L")}
+    source = lay_out(tmp_path / "d", {**named, **numbered("other/test/rain/{}.png", "S{}")})
+    lay_out(source, numbered("other/test/norain/{}.png", "S{}"))
+    assert run("rain100l", source, "--data_dir", tmp_path / "out") == 0
+    assert names_of(tmp_path / "out", "test") == {"001.png", "002.png"}
+    assert sum("other/test" in line and ": 4 " in line for line in report(tmp_path / "out")["ignored"]) == 2
+
+
+def test_one_split_of_the_source_can_be_replaced(tmp_path, rain800):
+    """Rain800's 100 test pairs, or the 98 that MSPFN and later papers call Test100."""
+    lay_out(tmp_path / "Test100", {**numbered("input/{}.png", "O{}", 2, 51), **numbered("target/{}.png", "B{}", 2, 51)})
+    run("rain800", rain800, "--data_dir", tmp_path / "hundred", "--val", 3)
+    run("rain800", rain800, "--test", tmp_path / "Test100", "--data_dir", tmp_path / "fewer", "--val", 3)
+    assert len(names_of(tmp_path / "hundred", "test")) == 3
+    assert names_of(tmp_path / "fewer", "test") == {"1.png", "2.png"}
+    assert same_pictures(tmp_path / "fewer/test/2.png", "B52|O52")
+    assert tree(tmp_path / "hundred/train") == tree(tmp_path / "fewer/train")
+
+
+def test_training_pairs_on_test_backgrounds_are_dropped_on_request(tmp_path):
+    """Rain100H: 1800 training pairs, or the 1254 whose backgrounds the test set does not show."""
+    files = {
+        **numbered("Rain100H/train/rain/rain-{}.png", "O{}", 6),
+        **numbered("Rain100H/train/norain/norain-{}.png", "B{}", 6),
+    }
+    files |= {
+        **numbered("Rain100H/test/rain/rain-{}.png", "O{}.5", 2, 4),
+        **numbered("Rain100H/test/norain/norain-{}.png", "B{}", 2, 4),
+    }
+    source = lay_out(tmp_path / "d", files)
+    run("rain100h", source, "--data_dir", tmp_path / "all", "--val", 1)
+    assert len(names_of(tmp_path / "all", "train", "val")) == 6
+    run("rain100h", source, "--data_dir", tmp_path / "fewer", "--val", 1, "--drop_shared")
+    assert names_of(tmp_path / "fewer", "train", "val") == {f"{k}.png" for k in (1, 2, 3, 4)}
+    assert [len(lines) for title, lines in report(tmp_path / "fewer").items() if "dropped" in title] == [2]
+    train = source / "Rain100H/train"
+    run("rain100h", "--test", source / "Rain100H/test", "--data_dir", tmp_path / "later")
+    run("rain100h", "--train", train, "--data_dir", tmp_path / "later", "--val", 1, "--drop_shared")
+    assert tree(tmp_path / "later/train") == tree(tmp_path / "fewer/train")
+    with pytest.raises(BadArgument):
+        run("rain100h", "--train", train, "--data_dir", tmp_path / "none", "--drop_shared")
+
+
+def test_nothing_in_a_folder_is_dropped_without_a_word(tmp_path, rain800):
+    (rain800 / "train/info.mat").write_bytes(b"MATLAB")
+    (rain800 / "train/0.jpg").symlink_to(rain800 / "gone.jpg")
+    (rain800 / "train/.DS_Store").write_bytes(b"x")
+    lay_out(tmp_path / "elsewhere", {"77.png": "B77|O77"})
+    (rain800 / "train/more").symlink_to(tmp_path / "elsewhere")  # a folder of images
+    (rain800 / "train/loop").symlink_to(rain800 / "train")
+    with pytest.raises(BadArgument):  # two places of the training set
+        run("rain800", rain800, "--data_dir", tmp_path / "out")
+    assert run("rain800", "--train", rain800 / "train", "--data_dir", tmp_path / "out", "--val", 3) == 0
+    assert "77.png" in names_of(tmp_path / "out", "train", "val")
+    (line,) = (line for line in report(tmp_path / "out")["ignored"] if "info.mat" in line)
+    assert "train: 2 " in line
+    assert "0.jpg" in line
+    lay_out(tmp_path, {"c/1.png": "B1", "r/1.png": "O1", "r/deep/2.png": "O2"})
+    run("folders", "--clean", tmp_path / "c", "--rainy", tmp_path / "r", "--data_dir", tmp_path / "f", "--val", 0)
+    assert [str(tmp_path / "r/deep") in line for line in report(tmp_path / "f")["ignored"]] == [True]
 
 
 @pytest.fixture
@@ -392,7 +623,6 @@ def test_refusals(tmp_path, rain800, monkeypatch):
         (BadArgument, "rain800", "rain800", "--val", 10),
         (BadArgument, "rain800", "rain800", "--val", -1),
         (BadArgument, "rain800", "out"),
-        (BadArgument, "rain800", "rain800", "--train", "rain800/train"),
         (BadArgument, "folders", "--clean", "empty"),
         (UserError, "rain900", "rain800"),
     ):
@@ -410,10 +640,8 @@ def test_paths_start_at_the_working_directory(tmp_path, rain800, monkeypatch, ca
 
 
 def test_progress_is_logged_where_no_bar_is_shown(tmp_path, rain800, monkeypatch):
-    lines = {}
-    for terminal in (False, True):
-        written = lines[terminal] = []
-        monkeypatch.setattr(convert, "in_terminal", lambda terminal=terminal: terminal)
-        monkeypatch.setattr(convert.log, "info", written.append)
-        run("rain800", rain800, "--data_dir", tmp_path / str(terminal), "--val", 3)
-    assert len(lines[False]) - len(lines[True]) == 13
+    lines = []
+    monkeypatch.setattr(convert.Progress, "EVERY", 0)
+    monkeypatch.setattr(convert.log, "info", lines.append)
+    run("rain800", rain800, "--data_dir", tmp_path / "out", "--val", 3)
+    assert [f"{k} of 13 pairs" in "\n".join(lines) for k in (1, 12)] == [True, True]

@@ -1,34 +1,57 @@
-"""What is read from a download's names and images: splits, pairs, names, the clean side."""
+"""What is read from the names of a download's folders and files: the set, the split, the role."""
 
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
-from base.errors import BadArgument
-from conftest import make_pair
 from datasets import layouts
-from datasets.layouts import Found, Pair, choose_validation, make_names_unique, pair_by_name, rain_side, split_of
+from datasets.layouts import split_of
 
 
 @pytest.mark.parametrize(
-    ("set_name", "folder", "split"),
+    ("set_name", "folder", "expected"),
     [
-        ("rain100h", "Rain100H/train/rain", "train"),
-        ("rain100h", "test/Rain100H/rainy", "test"),
-        ("rain100h", "train/Rain100H/rain", "train"),
-        ("rain100h", "Rain100H", "test"),
-        ("rain100h", "train/RainTrainL", ""),
-        ("rain1200", "DID-MDN-training/Rain_Light/train2018new", "train"),
-        ("rain800", "test_nature", ""),
-        ("rain800", "test/real", ""),
-        ("rain800", "pictures", ""),
-        ("rain12", "input", "test"),
+        ("rain100h", "Rain100H/train/rain", ("train", True)),
+        ("rain100h", "test/Rain100H/rainy", ("test", True)),
+        ("rain100h", "train/Rain100H/rain", ("train", True)),
+        ("rain100h", "Rain100H", ("test", True)),
+        ("rain100h", "train/RainTrainL", "rain100l"),
+        ("rain1200", "DID-MDN-training/Rain_Light/train2018new", ("train", True)),
+        ("rain800", "test_nature", "folder"),
+        ("rain800", "test/real", "folder"),
+        ("rain800", "pictures", ("", False)),
+        ("rain12", "input", ("test", False)),
+        ("rain100h", "Rain13K/test/Rain100H/input", ("test", True)),
+        ("rain13k", "Rain13K/test/Rain100H/input", "rain100h"),
+        ("rain100h", "Rain200H/train/input", "rain200h"),
+        ("rain200h", "rain_data_test_Heavy/rain/X2", ("test", True)),
+        ("rain100h", "RainTrain200H", "rain200h"),
+        ("rain800", "test/Test100/input", "test100"),
+        ("own", "Rain200H/train/input", ("train", False)),
+        ("spa", "Training/real_world", ("train", True)),
+        ("spa", "Testing/real_test_1000/gt", ("test", True)),
+        ("spa", "Testing/Real_Internet", "folder"),
+        ("rainds_real", "RainDS/RainDS_real/train_set/rainstreak", ("train", True)),
+        ("rainds_real", "RainDS/RainDS_real/train_set/rainstreak_raindrop", "folder"),
+        ("rain100h", "rain_data_train_Heavy/rainstreak", "folder"),
+        ("own", "latest/input", ("", False)),
+        ("own", "constrained/input", ("", False)),
+        ("own", "inputTest", ("test", False)),
     ],
 )
-def test_folder_names_tell_the_split(set_name, folder, split):
-    assert split_of(set_name, Path("/home/download"), Path(folder).parts) == split
+def test_folder_names_tell_the_split(set_name, folder, expected):
+    """Expected are the split and whether the set is named; or a word of the reason why the folder is ignored."""
+    split, named, reason = split_of(set_name, Path("/home/download"), Path(folder).parts)
+    assert expected in reason if isinstance(expected, str) else (split, named, reason) == (*expected, "")
+
+
+def test_the_download_itself_may_be_named_after_a_set():
+    assert split_of("rain100h", Path("/home/Rain100H"), ("train",)) == ("train", True, "")
+    assert split_of("rain100l", Path("/home/Rain100H"), ("train",))[2]
+    assert split_of("rain100l", Path("/home/Rain100H"), ("Rain100L", "train")) == ("train", True, "")
+    assert split_of("rain100l", Path("/home/Rain100H"), (), "test") == ("test", False, "")  # as the user says
+    assert split_of("rain100h", Path("/home/test"), ("rain",), "train") == ("train", False, "")
+    assert split_of("rain100h", Path("/home/Rain100H"), ("test", "rain"), "train")[2]
 
 
 def test_folders_and_names_tell_the_role():
@@ -42,69 +65,3 @@ def test_folders_and_names_tell_the_role():
         "terrain/1.png": "",
     }.items():
         assert layouts.role_of(Path(path), Path(path).parts[:-1]) == role
-
-
-def test_every_image_without_one_partner_is_left_out():
-    found = {
-        "clean": ["1.png", "norain-2.png", "2.png", "3.png"],
-        "rainy": ["1.png", "1_5.png", "rain-2.png", "4.png"],
-        "": ["5.png"],
-    }
-    images = [Found(Path(role or "other") / name, (), role) for role, names in found.items() for name in names]
-    pairs, left_out = pair_by_name(images)
-    assert [(str(pair.rainy), str(pair.clean), pair.name) for pair in pairs] == [
-        ("rainy/1.png", "clean/1.png", "1"),
-        ("rainy/1_5.png", "clean/1.png", "1_5"),
-    ]
-    assert [line.partition(":")[0] for line in left_out] == [
-        "rainy/rain-2.png",
-        "rainy/4.png",
-        "clean/3.png",
-        "other/5.png",
-    ]
-
-
-def test_names_become_unique_by_folders():
-    def names(*paths: str) -> list[str]:
-        pairs = [Pair(Path(path), None, Path(path).parts[:-1], Path(path).stem) for path in paths]
-        make_names_unique(pairs)
-        return [pair.name for pair in pairs]
-
-    assert names("set/a/1.png", "set/b/2.png") == ["1", "2"]
-    assert names("set/a/1.png", "set/b/1.png") == ["a-1", "b-1"]
-    assert names("set/x/A.png", "set/y/a.png") == ["x-A", "y-a"]  # one file on some disks
-
-
-def test_one_more_pair_moves_at_most_one_other():
-    pairs = [Pair(Path(f"{k}.png"), None, (), str(k)) for k in range(200)]
-    before, after = choose_validation(pairs[:-1], 50, 0), choose_validation(pairs, 50, 0)
-    assert len(before) == len(after) == 50
-    assert len(before - after) <= 1
-    with pytest.raises(BadArgument):
-        choose_validation(pairs, 200, 0)
-
-
-def test_validation_is_a_function_of_names_and_seed():
-    """Two renderings of each background stay together, and it is the same choice in every version."""
-    pairs = [Pair(Path(f"{k}_{j}"), Path(f"{k}"), (), f"{k}_{j}") for k in range(6) for j in (1, 2)]
-    assert choose_validation(pairs, 5, 0) == choose_validation(pairs[::-1], 5, 0) == {"1_1", "1_2", "2_1", "2_2"}
-    assert choose_validation(pairs, 5, 1) == {"0_1", "0_2", "1_1", "1_2"}
-
-
-def test_rain_side_of_rain_that_is_darker_than_its_background():
-    clean, rainy = make_pair(60, 80)
-    dimmed = (rainy * 0.8).astype(np.uint8)
-    assert dimmed.mean() < clean.mean()
-    assert rain_side(clean, dimmed) == 1
-    assert rain_side(dimmed, clean) == -1
-    assert rain_side(clean, clean) == 0
-
-
-def test_clean_side_is_a_vote(tmp_path):
-    paths = [tmp_path / f"{k}.png" for k in range(9)]
-    for k, path in enumerate(paths):
-        halves = make_pair(60, 80, seed=k)
-        cv2.imwrite(str(path), np.hstack(halves if k < 3 else halves[::-1]))
-    assert layouts.find_clean_side(paths) == ("right", False)  # 6 against 3
-    assert layouts.find_clean_side(paths[1:]) == ("right", True)
-    assert layouts.find_clean_side(paths[:3]) == ("left", True)

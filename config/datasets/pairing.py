@@ -1,0 +1,138 @@
+"""Images of a download become pairs: by name or as joined files; their names, the validation set, the clean side."""
+
+import contextlib
+import hashlib
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from base.errors import BadArgument, Mismatch, UserError
+from base.images import read_image, read_pair, to_bgr8
+from datasets.layouts import CLEAN, RAINY, Found, place_of
+
+# In front of or behind the number; RainDS has names of two kinds, "rd-rain-1" and "pie-rd-rain-1", SPA-Data "1gt".
+AFFIX = r"^(pie-|)(?:{0}|rd-rain|rd)(?:[-_ ]|(?=\d))|[-_ ](?:{0})$|(?<=\d)(?:x2|gt)$".format(f"{CLEAN}|{RAINY}")
+SAMPLE = 100  # joined files of a split that vote on the clean side
+SAME_PICTURE = 0.5  # likeness; in Rain800 and Rain100H pairs reach at least 0.67, halves of a photograph 0.39 at most
+OTHER_PICTURE = 0.3  # a pair below that is none; 99 % of the halves of photographs are
+
+
+@dataclass
+class Pair:
+    rainy: Path
+    clean: Path | None  # None where `rainy` is a joined file
+    parts: tuple[str, ...]
+    name: str  # of the file to write, without its suffix
+    clean_left: bool = True  # of a joined file: whether its left half is the clean one
+
+
+def are_joined(images: list[Found]) -> bool:
+    """Whether files are joined pairs: most have no partner by name, and most halves show one picture."""
+    pairs, left_out = pair_by_name(images)
+    if images and 2 * len(left_out) <= len(images):
+        return False
+    votes = []
+    for image in images[:: max(1, len(images) // 20)]:
+        with contextlib.suppress(UserError):  # reported when this pair is converted
+            picture = to_bgr8(read_image(image.path))
+            half, odd = divmod(picture.shape[1], 2)
+            votes.append(not odd and likeness(picture[:, :half], picture[:, half:]) > SAME_PICTURE)
+    return 2 * sum(votes) >= len(votes) if votes else not pairs
+
+
+def likeness(first: np.ndarray, second: np.ndarray) -> float:
+    """Correlation of two (H, W, 3) uint8 images, beyond the means of rows and columns; 1 if one is flat."""
+    a, b = (
+        cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+        for image in (first, second)
+    )
+    a, b = (x - x.mean(0, keepdims=True) - x.mean(1, keepdims=True) + x.mean() for x in (a, b))
+    length = np.linalg.norm(a) * np.linalg.norm(b)
+    return float((a * b).sum() / length) if length > 32**2 else 1.0  # 32: a standard deviation of one grey level
+
+
+def pair_by_name(images: list[Found]) -> tuple[list[Pair], list[str]]:
+    """Pairs of rainy and clean images, and a line for every image without exactly one partner.
+
+    Partners have equal bare stems, or `stem_k` and `stem`. Several rainy images may share one clean image. Folders
+    belong together where they differ only in words for clean or rainy.
+    """
+    clean, pairs, left_out, used = defaultdict(list), [], [], set()
+    for image in (image for image in images if image.role == "clean"):
+        clean[place_of(image), bare(image.path.stem)].append(image.path)
+    for image in (image for image in images if image.role == "rainy"):
+        place, short = place_of(image), bare(image.path.stem)
+        partners = clean.get((place, short)) or clean.get((place, re.sub(r"_\d+$", "", short)), [])
+        partners = [image.clean] if image.clean else partners
+        used.update(partners)
+        if len(partners) == 1:
+            pairs.append(Pair(image.path, partners[0], image.parts, short))
+        else:
+            left_out.append(f"{image.path}: {len(partners) or 'no'} clean images fit it")
+    left_out += [f"{i.path}: no rainy image fits it" for i in images if i.role == "clean" and i.path not in used]
+    left_out += [f"{i.path}: neither its folder nor its name says clean or rainy" for i in images if not i.role]
+    return pairs, left_out
+
+
+def bare(stem: str) -> str:
+    """A file's stem in lower case without words for clean or rainy: "norain-1x2" and "rain-1" are both "1"."""
+    return re.sub(AFFIX, r"\1", stem.lower()) or stem.lower()
+
+
+def make_names_unique(pairs: list[Pair]) -> None:
+    """Prefix the names of one split by the folders in which they differ (Rain1200: "Rain_Heavy-1"), where needed."""
+    if len({pair.name.lower() for pair in pairs}) < len(pairs):  # some disks take "A" and "a" for one file
+        common = set.intersection(*(set(pair.parts) for pair in pairs))
+        for pair in pairs:
+            pair.name = "".join(f"{part}-" for part in pair.parts if part not in common) + pair.name
+
+
+def choose_validation(pairs: list[Pair], count: int, seed: int) -> set[str]:
+    """Names of at most `count` pairs, chosen by hashes of name and `seed`; pairs of one clean file stay together."""
+    if pairs and count >= len(pairs):
+        raise BadArgument(f"--val {count} leaves none of the {len(pairs)} training pairs to train on: lower it")
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[pair.clean or pair.rainy].append(pair.name)
+    chosen = set()
+    for names in sorted(groups.values(), key=lambda names: hashlib.sha256(f"{seed}:{min(names)}".encode()).digest()):
+        if len(chosen) + len(names) <= count:
+            chosen.update(names)
+    return chosen
+
+
+def rain_side(first: np.ndarray, second: np.ndarray) -> int:
+    """Which of two (H, W, 3) uint8 images is the rainy one: -1 first, 1 second, 0 unknown.
+
+    Streaks add detail, and the fine part of rainy - clean is skewed upwards. Mean brightness does not tell.
+    """
+    a, b = (cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.float32) for image in (first, second))
+    detail = [cv2.norm(cv2.Laplacian(image, cv2.CV_32F), cv2.NORM_L1) for image in (a, b)]
+    fine = (b - a) - cv2.blur(b - a, (7, 7))
+    skew, gain = np.sign(float((fine * fine * fine).sum())), np.sign(detail[1] - detail[0])
+    return int(skew) if skew == gain else 0
+
+
+def find_clean_side(paths: list[Path]) -> tuple[str, bool]:
+    """("left" or "right", whether that is clear): the vote of about `SAMPLE` evenly spread joined files."""
+    votes = Counter()
+    for path in paths[:: max(1, len(paths) // SAMPLE)]:
+        with contextlib.suppress(UserError):  # reported when this pair is converted
+            votes[rain_side(*read_pair(path))] += 1
+    left, right = votes[1], votes[-1]
+    return "left" if left >= right else "right", max(left, right) > 2 * min(left, right)
+
+
+def read_download(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """A pair of the download as (B, O), each (H, W, 3) uint8. Raises UserError where it cannot be read or split."""
+    if pair.clean is None:
+        left, right = read_pair(pair.rainy)
+        return (left, right) if pair.clean_left else (right, left)
+    B, O = to_bgr8(read_image(pair.clean)), to_bgr8(read_image(pair.rainy))
+    if B.shape != O.shape:
+        raise Mismatch(f"{pair.rainy} and {pair.clean} have two sizes")
+    return B, O
