@@ -160,7 +160,10 @@ def thumbnails_in(data_dir: Path, split: str) -> dict[str, np.ndarray]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "set", choices=LAYOUTS, help="own, joined: any other set; folders: any two folders, paired by name"
+        "set",
+        choices=LAYOUTS,
+        metavar="SET",
+        help=f"one of {', '.join(LAYOUTS)} (own: any other set; joined: the same)",
     )
     parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
     parser.add_argument("--train", type=Path, help="the folder of the training pairs, instead of what SOURCE holds")

@@ -58,15 +58,15 @@ def list_pairs(source: Path) -> list[Path]:
 def _how_to_convert(source: Path) -> str:
     """The command that makes a data set of the images in a folder or, if that is a split, beside it."""
     root = source.parent if source.name in SPLITS else source
-    for words, split in (([str(root)], ""), (["--train", str(root)], "train")):
+    wanted = "test" if source.name == "test" else "train"
+    for words, split in (([str(root)], ""), ([f"--{wanted}", str(root)], wanted)):
         try:
-            images = find_images("own", root, root / "none", split)[0].get("train", [])
+            images = find_images("own", root, root / "none", split)[0].get(wanted, [])
         except UserError:
             continue
         if images and (pairing.are_joined(images) or pairing.pair_by_name(images)[0]):
-            return (
-                f"; {command_line('convert.py', 'own', *words, '--data_dir', f'{root}_pairs')} makes a data set of it"
-            )
+            command = command_line("convert.py", "own", *words, "--data_dir", f"{root}_pairs")
+            return f"; this makes a data set of it: {command}"
     return "; convert.py makes data sets of rainy and clean images, rain.py draw of clean images"
 
 

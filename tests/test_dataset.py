@@ -1,6 +1,8 @@
 """Crops and their rain: aligned, a function of (seed, step, sample), without padding; and the first scan."""
 
 import dataclasses
+import re
+import shlex
 import shutil
 
 import cv2
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import convert
 import dataset as data
 import losses
-from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile
+from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile, UserError
 from conftest import make_pair
 from dataset import CropDataset, data_path, list_pairs, random_crop, read_whole, to_tensor
 from datasets.loader import training_batches
@@ -402,6 +405,72 @@ def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(MissingFile):
         list_pairs(tmp_path / "train")
+
+
+def write_kind(folder, kind: str):
+    """Three pairs below `folder`: in folders of clean and of rainy images, as files with these words, or joined."""
+    for k in range(3):
+        B, O = make_pair(40, 48, k)
+        files = {
+            "folders": {f"input/{k}.png": O, f"target/{k}.png": B},
+            "names": {f"rain-{k}.png": O, f"norain-{k}.png": B},
+            "joined": {f"{k}.png": np.hstack([B, O])},
+        }[kind]
+        for name, image in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(folder / name), image)
+
+
+@pytest.mark.parametrize(
+    ("places", "asked"),
+    [
+        ({"": "folders"}, "train"),
+        ({"": "joined"}, "train"),
+        ({"": "joined"}, "test"),
+        ({"": "folders"}, "test"),
+        ({"": "names"}, "val"),
+        ({"train": "folders", "test": "folders"}, "train"),
+        ({"train": "names"}, "train"),
+        ({"train": "joined"}, "val"),
+        ({"train": "joined", "test": "folders"}, "test"),
+    ],
+)
+def test_the_command_that_converts_what_is_there_is_shown_and_works(tmp_path, places, asked):
+    folder = tmp_path / "my pairs"
+    for place, kind in places.items():
+        write_kind(folder / place, kind)
+    with pytest.raises(UserError) as error:
+        list_pairs(folder / asked)
+    command = re.search(r"python \S*config/convert\.py .*", str(error.value))[0]
+    assert convert.main(shlex.split(command)[2:]) == 0
+    made = {path.parent.name for path in (tmp_path / "my pairs_pairs").rglob("*.png")}
+    if places.keys() == {""} and asked == "test":
+        assert made == {"test"}
+    else:
+        assert made == {"train", "val"} | ({"test"} & places.keys())
+    assert len(list_pairs(tmp_path / "my pairs_pairs" / asked)) == {"train": 2, "val": 1, "test": 3}[asked]
+
+
+def test_other_folders_of_a_training_say_how_to_convert_them_too(data_dir, tmp_path):
+    write_kind(tmp_path / "more", "folders")
+    write_kind(tmp_path / "named", "names")
+    for name, error in (("more", MissingFile), ("named", Mismatch)):
+        for setting in ("more_data", "exclude"):
+            with pytest.raises(error, match=f"convert.py own --train {tmp_path / name} "):
+                dataset(data_dir, **{setting: [str(tmp_path / name)]})
+
+
+def test_single_pictures_are_warned_of(data_dir, monkeypatch):
+    lines = []
+    monkeypatch.setattr(data.log, "warning", lines.append)
+    dataset(data_dir)
+    assert lines == []
+    for path in list_pairs(data_dir / "train"):
+        cv2.imwrite(str(path), np.hstack([make_pair(40, 48, int(path.stem))[0], make_pair(40, 48, 70)[0]]))
+    dataset(data_dir)
+    assert len(lines) == 1
+    dataset(data_dir, rain="rain100l", clean_dir=str(data_dir / "train"))  # where they are as they should be
+    assert len(lines) == 1
 
 
 def spoil(path, kind):
