@@ -36,7 +36,7 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
     for role, folder in (("clean", options.clean), ("rainy", options.rainy)) if options.set == "folders" else ():
         images, others = survey(folder)
         found.setdefault(options.split, []).extend(Found(path, (), role) for path in images)
-        report["ignored"] += [f"{path}: {reason}" for path, reason in others.items()]
+        report["ignored"] += layouts.left_out(others)
     for split, root in (("", options.source), ("train", options.train), ("test", options.test)):
         if root:
             images, ignored = layouts.find_images(options.set, root, options.data_dir, split)
@@ -79,9 +79,7 @@ def drop_shared(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) ->
             with contextlib.suppress(UserError):  # reported when this pair is converted
                 thumbs[split][str(pair.rainy)] = thumbnail(read_download(pair)[0])
     if not thumbs["train"] or not thumbs["test"]:
-        raise BadArgument(
-            "--drop_shared compares training pairs with test pairs: convert both, or the test pairs first"
-        )
+        raise BadArgument("--drop_shared compares training with test pairs: convert both, or the test pairs first")
     shared = shared_backgrounds(thumbs["train"], thumbs["test"])
     report["dropped, as they show test backgrounds"] = [f"{name}: {', '.join(same)}" for name, same in shared.items()]
     pairs["train"] = [pair for pair in pairs["train"] if str(pair.rainy) not in shared]

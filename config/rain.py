@@ -20,11 +20,12 @@ from base.images import (
     read_image,
     read_pair,
     shared_backgrounds,
+    survey,
     thumbnail,
     to_bgr8,
     write_image,
 )
-from datasets.layouts import SPLITS
+from datasets.layouts import SPLITS, left_out
 from datasets.pairing import Pair, choose_validation
 from synthesis.measure import comparison
 from synthesis.streaks import add_rain, picture_generator
@@ -38,6 +39,8 @@ def draw(options: argparse.Namespace) -> Counter[Path]:
     if times > 1:
         raise BadArgument(f"{times} images are called {stem}: rename them, their pairs would share a name")
     folders = choose_folders(paths, options)
+    for line in left_out(survey(options.source)[1]):
+        log.info(f"left out: {line}")
     drawn, chosen = Counter(), defaultdict(list)
     for path in Progress(paths, unit="image"):
         clean, folder = read_clean(path, options), folders[path]

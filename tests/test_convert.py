@@ -408,16 +408,20 @@ def test_nothing_in_a_folder_is_dropped_without_a_word(tmp_path, rain800):
     (rain800 / "train/info.mat").write_bytes(b"MATLAB")
     (rain800 / "train/0.jpg").symlink_to(rain800 / "gone.jpg")
     (rain800 / "train/.DS_Store").write_bytes(b"x")
+    (rain800 / "deep.tar").write_bytes(b"x")
+    for name, copied in (("2.jpg", "2.JFIF"), ("3.jpg", "3"), ("4.jpg", "4.jpe")):
+        (rain800 / "train" / name).rename(rain800 / "train" / copied)
     lay_out(tmp_path / "elsewhere", {"77.png": "B77|O77"})
     (rain800 / "train/more").symlink_to(tmp_path / "elsewhere")  # a folder of images
     (rain800 / "train/loop").symlink_to(rain800 / "train")
     with pytest.raises(BadArgument):  # two places of the training set
         run("rain800", rain800, "--data_dir", tmp_path / "out")
-    assert run("rain800", "--train", rain800 / "train", "--data_dir", tmp_path / "out", "--val", 3) == 0
-    assert "77.png" in names_of(tmp_path / "out", "train", "val")
-    (line,) = (line for line in report(tmp_path / "out")["ignored"] if "info.mat" in line)
-    assert "train: 2 " in line
-    assert "0.jpg" in line
+    assert run("rain800", "--train", rain800, "--data_dir", tmp_path / "out", "--val", 3) == 0
+    expected = {"77.png", "2.png", "3.png", "4.png", *(f"{k}.jpg" for k in (1, *range(5, 11)))}
+    assert names_of(tmp_path / "out", "train", "val") == expected
+    ignored = "\n".join(report(tmp_path / "out")["ignored"])
+    assert all(name in ignored for name in ("info.mat", "0.jpg", "deep.tar"))
+    assert "DS_Store" not in ignored
     lay_out(tmp_path, {"c/1.png": "B1", "r/1.png": "O1", "r/deep/2.png": "O2"})
     run("folders", "--clean", tmp_path / "c", "--rainy", tmp_path / "r", "--data_dir", tmp_path / "f", "--val", 0)
     assert [str(tmp_path / "r/deep") in line for line in report(tmp_path / "f")["ignored"]] == [True]

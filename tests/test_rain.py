@@ -48,6 +48,14 @@ def test_draw_round_trip(clean_folder, tmp_path, capsys):
     assert capsys.readouterr().out == rain.comparison(sorted(target.glob("*.png")), "rain100l", 3, 0) + "\n"
 
 
+def test_what_draw_leaves_out_is_named(clean_folder, tmp_path, capsys):
+    (clean_folder / "notes.txt").write_text("none")
+    (clean_folder / "deep").mkdir()
+    rain.main(["draw", str(clean_folder), str(tmp_path / "train")])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("notes.txt", "deep"))
+
+
 def test_draw_on_the_clean_halves_of_pairs(clean_folder, tmp_path):
     rain.main(["draw", str(clean_folder / "a.png"), str(tmp_path / "pairs" / "train")])
     rain.main(

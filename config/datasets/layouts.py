@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,25 +71,28 @@ def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> t
     found: dict[tuple[str, bool], list[Found]] = defaultdict(list)  # by (split, whether named after the set)
     ignored: list[str] = []
     for folder, parts in _walk(root, data_dir, ignored):
-        images, others = ([path for path in paths if path.name[0] != "."] for paths in survey(folder))
+        images, others = survey(folder)
         where, named, reason = split_of(set_name, root, parts, split)
         pairs = [path for path in images if not reason and not NO_PAIR_FILE.match(path.stem.lower())]
         found[where, named] += [Found(path, parts, role_of(path, parts)) for path in pairs]
-        ignored += _lines(set(images) - set(pairs), reason or "by name no pairs")
+        ignored += left_out(dict.fromkeys(set(images) - set(pairs), reason or "by name no pair"))
         for path in (path for path in others if set_name == "spa" and path.suffix == ".txt"):
             where, named, reason = split_of(set_name, root, (*parts, path.stem), split)
             found[where, named] += [] if reason else _read_list(path, ignored)
-        ignored += _lines((path for path in others if not path.is_dir()), "no images")
+        ignored += left_out({path: why for path, why in others.items() if not path.is_dir()})
     result = {}
     any_named = any(named for (_, named), images in found.items() if images)
     for (where, named), images in found.items():
         if named < any_named:
-            ignored += _lines((image.path for image in images), f"not in a folder called {set_name}")
+            ignored += left_out(dict.fromkeys((i.path for i in images), f"not in a folder called {set_name}"))
         elif images and not where:
             for place in _places(set_name, images):
                 ignored.append(f"{place}: training or test? Its name does not say: --train {place} or --test {place}")
         elif images:
-            result[where] = images = _as_listed(images, ignored)
+            result[where] = images = [i for i in images if i.clean] or images  # lists tell all pairs
+            known = {path for image in images for path in (image.path, image.clean)}
+            others = (image.path for image in found[where, named] if image.path not in known)
+            ignored += left_out(dict.fromkeys(others, "in no list"))
             if len(places := _places(set_name, images)) > 1 and not split:
                 either = " or ".join(map(str, places))
                 raise BadArgument(f"the {where} pairs of {set_name} may be in {either}: choose with --{where} DIR")
@@ -168,21 +171,12 @@ def _read_list(path: Path, ignored: list[str]) -> list[Found]:
     return [Found(base / rainy, Path(rainy).parent.parts, "rainy", base / clean) for base, rainy, clean in there]
 
 
-def _as_listed(images: list[Found], ignored: list[str]) -> list[Found]:
-    """Only what is listed, where anything is."""
-    listed = [image for image in images if image.clean]
-    if listed:
-        known = {path for image in listed for path in (image.path, image.clean)}
-        ignored += _lines((image.path for image in images if image.path not in known), "not in the list of pairs")
-    return listed or images
-
-
-def _lines(paths: Iterable[Path], reason: str) -> list[str]:
-    """A line for each folder: how many of its files are ignored, why, and the first of them."""
-    folders = defaultdict(list)
-    for path in sorted(paths):
-        folders[path.parent].append(path.name)
+def left_out(files: dict[Path, str]) -> list[str]:
+    """A line for each folder and reason why files are ignored: how many, and the first of them."""
+    groups = defaultdict(list)
+    for path in sorted(files):
+        groups[path.parent, files[path]].append(path.name)
     return [
         f"{folder}: {len(names)} of its files ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}"
-        for folder, names in folders.items()
+        for (folder, reason), names in groups.items()
     ]

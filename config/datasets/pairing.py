@@ -38,9 +38,7 @@ def are_joined(images: list[Found]) -> bool:
     votes = []
     for image in images[:: max(1, len(images) // 20)]:
         with contextlib.suppress(UserError):  # reported when this pair is converted
-            picture = to_bgr8(read_image(image.path))
-            half, odd = divmod(picture.shape[1], 2)
-            votes.append(not odd and likeness(picture[:, :half], picture[:, half:]) > SAME_PICTURE)
+            votes.append(likeness(*read_pair(image.path)) > SAME_PICTURE)
     return 2 * sum(votes) >= len(votes) if votes else not pairs
 
 

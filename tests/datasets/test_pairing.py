@@ -89,7 +89,8 @@ def test_names_come_before_contents(tmp_path):
     for images, expected in (
         ([joined], True),
         ([single], False),
-        ([odd], False),
+        ([odd], True),  # nothing tells
+        ([odd, single], False),
         ([joined, joined, single], True),
         ([joined, single, single], False),
         ([joined._replace(role="clean"), joined._replace(role="rainy")], False),
