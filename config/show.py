@@ -3,19 +3,21 @@
     python show.py -i photo.jpg DIR   # your own images, with the pretrained weights `photographs`
     python show.py -m RUN             # the test set of that run's data set, with scores
 
-Results are written to `showdir/RUN/` under the input's name and in the input's format: grey, alpha and 16 bits are
-kept. JPEG and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, shows the last
-call's images; it is show.html with its facts as JSON. `python show.py -h` lists the settings.
+Results are written to `showdir/RUN/`, or to --output, under the input's name and in the input's format: grey, alpha, 16
+bits, EXIF and the colour profile are kept. JPEG, WebP and AVIF are written at quality 95; scores are taken before. The
+page, `showdir/index.html`, shows the last call's images; it is show.html with its facts as JSON. `python show.py -h`
+lists the settings.
 """
 
 import argparse
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from base import ranks
 from base.console import in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
-from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
+from base.errors import BadArgument, BadName, MissingFile, NotWritable, Occupied, OutOfMemory, UserError
 from base.files import write_bytes
-from base.images import SUFFIXES, list_images, read_image, read_pair, to_bgr8, write_image
+from base.images import SUFFIXES, WRITABLE, Picture, kind_of, read_pair, read_picture, survey, to_bgr8, write_image
+from base.metadata import JPEG, NAMES, TIFF, held
 from base.options import make_parser
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
@@ -41,7 +44,7 @@ from fast.graphs import replaying
 from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
 from settings import FIELDS, Settings, read_overrides
 
-ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
+ANY_DEPTH = {".png", *TIFF}  # formats that hold 16 bits and alpha
 TEMPLATE = Path(__file__).with_name("show.html")
 MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
 PRETRAINED = "photographs"  # the weights that are used by default
@@ -61,6 +64,9 @@ class Restored:
     scores: list[dict[str, float]]  # of the input, then after each stage; empty without ground truth
     change: float  # mean absolute difference of input and last stage, of 255 levels
     seconds: float  # of the network
+    source: Path
+    metadata: dict[int, bytes]  # EXIF and colour profile, as of `read_picture`
+    lost: list[str]  # what of the source is not in the result's file, in a few words each
 
 
 def to_network(image: np.ndarray) -> Tensor:
@@ -83,7 +89,8 @@ def derain(
     network: nn.Module, path: Path, paired: bool, device: torch.device, how: Restoring, stage_num: int
 ) -> Restored:
     """An image, or the rainy half of a joined pair (`paired`), restored by `stage_num` stages. Raises UserError."""
-    ground_truth, image = read_pair(path) if paired else (None, read_image(path))
+    ground_truth, picture = _read_pair(path) if paired else (None, read_picture(path))
+    image = picture.image
     started = time.perf_counter()
     try:
         O = to_network(image).to(device)
@@ -97,53 +104,108 @@ def derain(
     rows = []
     if paired:
         rows = [scores(to_tensor(x).to(device), to_tensor(ground_truth)) for x in (image, *stages)]
-    return Restored(image, stages, ground_truth, rows, change, seconds)
+    return Restored(image, stages, ground_truth, rows, change, seconds, path, *picture[1:])
 
 
-def find_inputs(given: list[str] | None, settings: Settings) -> list[Path]:
-    """The files to restore, each once: those of the `given` files and folders, or the test set's pairs."""
+def _read_pair(path: Path) -> tuple[np.ndarray, Picture]:
+    B, O = read_pair(path)
+    return B, Picture(O, {}, [])
+
+
+def find_inputs(given: list[str] | None, settings: Settings, recursive: bool = False) -> dict[Path, Path]:
+    """The files to restore, each once: those of the `given` files and folders, or the test set's pairs.
+
+    For each the folder of its result, below that of all results: "." unless it was found in a folder's folder.
+    """
     if given is None:
-        return list_pairs(data_path(settings) / "test")
-    paths: dict[Path, Path] = {}  # by the resolved path, so that an image that is named twice is restored once
-    for path in (Path(word).expanduser() for word in given):
-        files = list_images(path) if path.is_dir() else [path] if path.exists() else []
-        if not files:
-            raise MissingFile(f"{path} is missing or holds no images ({', '.join(sorted(SUFFIXES))})")
-        paths.update((file.resolve(), paths.get(file.resolve(), file)) for file in files)
-    return list(paths.values())
+        return dict.fromkeys(list_pairs(data_path(settings) / "test"), Path())
+    found: dict[Path, tuple[Path, Path]] = {}  # by the resolved path, as an image that is named twice is restored once
+    for path in (Path(os.path.expanduser(word)) for word in given):
+        files, left_out = survey(path, recursive)
+        log_groups("left out", [(reason, entry) for entry, reason in left_out.items()])
+        if "a folder" in left_out.values():
+            log.info("--recursive reads the images in folders as well")
+        if not files and (os.path.isdir(path) or not os.path.exists(path)):
+            raise MissingFile(f"{path} {'holds no image' if os.path.isdir(path) else 'is missing'}")
+        for file in files or [path]:
+            found.setdefault(file.resolve(), (file, file.parent.relative_to(path) if files else Path()))
+    return dict(found.values())
 
 
-def result_stems(paths: list[Path], stage_num: int) -> list[str]:
-    """The stems of the results' names: the inputs', with _2, _3, ... where an earlier result has such a name.
+def log_groups(title: str, named: Iterable[tuple[str, Path]]) -> None:
+    """Print the files of each reason: three of them, or all with --log_level debug."""
+    groups: dict[str, list[str]] = {}
+    for reason, path in named:
+        groups.setdefault(reason, []).append(str(path))
+    for reason, names in groups.items():
+        count = len(names) if log.isEnabledFor(logging.DEBUG) else 3
+        more = f" and {len(names) - count} more" if len(names) > count else ""
+        log.info(f"{title}, {reason}: {', '.join(names[:count])}{more}")
+
+
+def place_results(inputs: dict[Path, Path], output: Path | None, folder: Path, stage_num: int) -> list[Path]:
+    """Each input's result: in the folder or, if there is one input, the file `output`, else in `folder`.
+
+    Raises BadArgument, or Occupied where a result might replace an input.
+    """
+    place = output or folder
+    if output and output.suffix.lower() in SUFFIXES and not os.path.isdir(output):
+        if output.suffix.lower() not in WRITABLE or len(inputs) > 1:
+            raise BadArgument(f"--output {output}: name a folder, or for one image a file ({', '.join(WRITABLE)})")
+        results = [output]
+    elif os.path.exists(place) and not os.path.isdir(place):
+        raise BadArgument(f"results can't be written to {place}: it is a file")
+    else:
+        results = [place / name for name in result_names(inputs, stage_num)]
+    files = {_place(file) for result in results for file in (result, *stage_files(result, stage_num))}
+    folders = {place.resolve(), folder.parent.resolve(), folder.resolve() / "page"}
+    for path, inner in inputs.items():
+        places = {path.resolve(), _place(path)}
+        searched = {above for place in places for above in place.parents[: 1 + len(inner.parts)]}
+        if files & places or folders & searched:
+            raise Occupied(f"{path} is where results are written to: name another folder with --output or --show_dir")
+    return results
+
+
+def _place(path: Path) -> Path:
+    """Where a file or link stands."""
+    return path.parent.resolve() / path.name
+
+
+def result_names(inputs: dict[Path, Path], stage_num: int) -> list[Path]:
+    """Each input's result, below the folder of all results: its name, with _2, _3, ... where an earlier one has it.
 
     The names of `stage_num` stages are kept free as well.
     """
-    stems: list[str] = []
+    results: list[Path] = []
     taken: set[str] = set()
-    for path in paths:
-        suffixes = {path.suffix, path.suffix if path.suffix.lower() in ANY_DEPTH else ".png"}  # see `result_suffix`
+    for path, folder in inputs.items():
+        suffix = result_suffix(path)
+        suffixes = {suffix, suffix if suffix.lower() in ANY_DEPTH else ".png"}  # see `write_result`
+        stem = path.stem if path.suffix.lower() in SUFFIXES else path.name
         for count in itertools.count(1):
-            stem = path.stem if count == 1 else f"{path.stem}_{count}"
+            result = folder / f"{stem if count == 1 else f'{stem}_{count}'}{suffix}"
+            files = [result, *stage_files(result, stage_num)]
             # On some file systems A.png and a.png are one file.
-            names = {f"{name}{suffix}".casefold() for name in stage_names(stem, stage_num) for suffix in suffixes}
+            names = {str(file.with_suffix(suffix)).casefold() for file in files for suffix in suffixes}
             if not names & taken:
                 break
         taken |= names
-        stems.append(stem)
-    return stems
+        results.append(result)
+    return results
 
 
-def stage_names(stem: str, stage_num: int) -> list[str]:
-    """The stems of a result and of its `stage_num` stages."""
-    return [stem, *(f"{stem}_stage{t}" for t in range(1, stage_num + 1))]
+def stage_files(result: Path, stage_num: int) -> list[Path]:
+    """The files of a result's stages, beside it."""
+    return [result.with_name(f"{result.stem}_stage{t}{result.suffix}") for t in range(1, stage_num + 1)]
 
 
-def result_suffix(path: Path, image: np.ndarray) -> str:
-    """The input's suffix, or .png where its format can't be written, or can't hold the image's depth or alpha."""
-    suffix = path.suffix.lower()
-    too_deep = image.dtype == np.uint16 and suffix not in ANY_DEPTH
-    too_many = image.shape[2:] == (4,) and suffix in (".jpg", ".jpeg")
-    return ".png" if suffix not in SUFFIXES or too_deep or too_many else path.suffix
+def result_suffix(path: Path) -> str:
+    """The input's suffix, or its content's if it has none of an image; .png where that format isn't written."""
+    suffix = path.suffix
+    if suffix.lower() not in SUFFIXES and path.is_file():
+        suffix = kind_of(path)
+    return suffix if suffix.lower() in WRITABLE else ".png"
 
 
 def summarize(items: Sequence[Restored]) -> str:
@@ -232,6 +294,9 @@ def main(arguments: list[str]) -> int:
     text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; default: photographs"
     parser.add_argument("-m", "--model", help=text)
     parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
+    parser.add_argument("--recursive", action="store_true", help="read the folders in folders as well")
+    text = "folder for the results (default: SHOW_DIR/RUN) or, for one image, a file whose suffix is the format"
+    parser.add_argument("-o", "--output", metavar="PATH", help=text)
     parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
     parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)
@@ -252,29 +317,30 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     stage_num = network.output_num if known.stages is None else known.stages
     if not 1 <= stage_num <= network.output_num:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
-    paths, show_dir = find_inputs(known.input, settings), Path(settings.show_dir)
-    folder = show_dir / (overrides.get("run") or opened.name)
-    written_to = {place.resolve() for place in (show_dir, folder, show_dir / "page")}
-    if inside := [path for path in paths if {path.parent.resolve(), path.resolve().parent} & written_to]:
-        raise Occupied(f"{inside[0]} is in a folder that results are written to: name another one with --show_dir")
+    inputs, show_dir = find_inputs(known.input, settings, known.recursive), Path(settings.show_dir)
+    output = Path(os.path.expanduser(known.output)) if known.output else None
+    folder, written = show_dir / (overrides.get("run") or opened.name), stage_num if known.all_stages else 0
+    tasks = list(zip(inputs, place_results(inputs, output, folder, written), strict=True))
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
-    log.info(f"{stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
+    log.info(f"{stage_num} of {network.output_num} stages, {len(tasks)} images, {device}")
 
-    written = stage_num if known.all_stages else 0
-    mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, written), strict=True), 1)))
+    mine = ranks.share(list(enumerate(tasks, 1)))
     results = []  # of each image an item and its entry in the page, or None where it was skipped
     bar = tqdm(mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
     with replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
-        for number, (path, stem) in bar:
+        for number, (path, result) in bar:
             try:
                 item = derain(network, path, known.input is None, device, Restoring.of(settings), stage_num)
+                result = write_result(item, result, written, result == output)
             except UserError as error:
+                if isinstance(error, NotWritable) and not isinstance(error, BadName):
+                    raise  # on a full disk, the next image would fail as well
                 log.warning(f"skipped: {error}")
                 results.append(None)
                 continue
-            result = write_result(item, path, folder, stem, written)
-            entry = gallery.entry(number, item, path, f"{folder.name}/{result}")
-            item.image, item.stages, item.ground_truth = np.empty(0), [], None  # memory for the next image
+            entry = gallery.entry(number, item, path, os.path.relpath(result, show_dir))
+            # memory for the next image
+            item.image, item.stages, item.ground_truth, item.metadata = np.empty(0), [], None, {}
             results.append((item, entry))
     results = [both for both in ranks.gather(results) if both is not None]
     if not ranks.is_first():
@@ -286,20 +352,34 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     items, entries = zip(*results, strict=True)
     name, summary = f"{checkpoint.parent.name}/{checkpoint.name}", summarize(items)
     gallery.write(images=entries, checkpoint=name, step=step, stages=stage_num, summary=summary)
+    log_groups("not in the results", [(what, item.source) for item in items for what in item.lost])
     if close := sum(item.change < NEARLY_INPUT for item in items):
         log.warning(f"warning: {close} of {len(items)} results are nearly their input: no rain, or little training")
-    log.info(f"{summary}\nresults: {folder}\npage: {gallery.page}")
-    return int(len(items) < len(paths))
+    log.info(f"{summary}\nresults: {output or folder}\npage: {gallery.page}")
+    return int(len(items) < len(tasks))
 
 
-def write_result(item: Restored, path: Path, folder: Path, stem: str, stage_num: int) -> str:
-    """Write an image's result, and `stage_num` of its stages, to `folder`; returns the result's name."""
-    suffix = result_suffix(path, item.image)
-    for name, image in zip(stage_names(stem, stage_num), [item.stages[-1], *item.stages], strict=False):
-        write_image(folder / f"{name}{suffix}", image)
+def write_result(item: Restored, result: Path, stage_num: int, fixed: bool) -> Path:
+    """Write an image's result, and `stage_num` of its stages; returns the result's file.
+
+    Where that can't hold the image's depth or alpha, these are lost if its name is `fixed`; else it becomes a .png.
+    """
+    image, images, suffix = item.image, [item.stages[-1], *item.stages], result.suffix.lower()
+    checks = {
+        "16 bits": image.dtype == np.uint16 and suffix not in ANY_DEPTH,
+        "alpha": image.shape[2:] == (4,) and suffix in JPEG,
+    }
+    if any(checks.values()) and fixed:
+        images = [to_bgr8(image) for image in images]
+        item.lost += [name for name, lost in checks.items() if lost]
+    elif any(checks.values()):
+        result = result.with_suffix(".png")
+    item.lost += [NAMES[key] for key in item.metadata.keys() - held(item.metadata, result.suffix.lower(), images[0])]
+    for file, image in zip([result, *stage_files(result, stage_num)], images, strict=False):
+        write_image(file, image, item.metadata)
     if not in_terminal():
-        log.info(f"{path.name}: {item.image.shape[1]}x{item.image.shape[0]}, {summarize([item])}")
-    return f"{stem}{suffix}"
+        log.info(f"{item.source.name}: {item.image.shape[1]}x{item.image.shape[0]}, {summarize([item])}")
+    return result
 
 
 if __name__ == "__main__":

@@ -166,29 +166,34 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "stage_num", "stems"),
+    ("inputs", "stage_num", "results"),
     [
-        ("a/x.png b/x.png c/x.png", 0, "x x_2 x_3"),
-        ("a/x.png b/x_2.png c/x.png", 0, "x x_2 x_3"),
-        ("a/x.png b/x.png c/x_2.png", 0, "x x_2 x_2_2"),
-        ("x.jpg x.png", 0, "x x_2"),  # what is named .jpg may be written as .png
-        ("x.png x.jpg", 0, "x x_2"),
-        ("x.jpg x.webp x.tif", 0, "x x_2 x"),
-        ("x.png x.tif", 0, "x x"),
-        ("x.png X.PNG", 0, "x X_2"),
-        ("x.png x_stage1.png", 0, "x x_stage1"),
-        ("x.png x_stage1.png", 1, "x x_stage1_2"),
-        ("x_stage2.png x.png", 2, "x_stage2 x_2"),
-        ("x_stage2.png x.png", 1, "x_stage2 x"),
+        ("a/x.png b/x.png c/x.png", 0, "x.png x_2.png x_3.png"),
+        ("a/x.png b/x_2.png c/x.png", 0, "x.png x_2.png x_3.png"),
+        ("a/x.png b/x.png c/x_2.png", 0, "x.png x_2.png x_2_2.png"),
+        ("x.jpg x.png", 0, "x.jpg x_2.png"),  # what is named .jpg may be written as .png
+        ("x.png x.jpg", 0, "x.png x_2.jpg"),
+        ("x.jpg x.webp x.tif", 0, "x.jpg x_2.webp x.tif"),
+        ("x.png x.tif", 0, "x.png x.tif"),
+        ("x.gif x.png X.JP2", 0, "x.png x_2.png X_3.png"),
+        ("x.png X.PNG", 0, "x.png X_2.PNG"),
+        ("x.v2 x.v3", 0, "x.v2.png x.v3.png"),
+        ("x.png x_stage1.png", 0, "x.png x_stage1.png"),
+        ("x.png x_stage1.png", 1, "x.png x_stage1_2.png"),
+        ("x_stage2.png x.png", 2, "x_stage2.png x_2.png"),
+        ("x_stage2.png x.png", 1, "x_stage2.png x.png"),
     ],
 )
-def test_result_stems(inputs, stage_num, stems):
-    assert show.result_stems([Path(name) for name in inputs.split()], stage_num) == stems.split()
+def test_result_names(inputs, stage_num, results):
+    named = show.result_names({Path(name): Path() for name in inputs.split()}, stage_num)
+    assert named == [Path(name) for name in results.split()]
+    inside = show.result_names({Path(name): Path("sub") for name in inputs.split()}, stage_num)
+    assert inside == [Path("sub", name) for name in results.split()]
 
 
-def test_stage_names():
-    assert show.stage_names("a.b", 2) == ["a.b", "a.b_stage1", "a.b_stage2"]
-    assert show.stage_names("x", 0) == ["x"]
+def test_stage_files():
+    assert show.stage_files(Path("a/b.c.png"), 2) == [Path("a/b.c_stage1.png"), Path("a/b.c_stage2.png")]
+    assert show.stage_files(Path("x.jpg"), 0) == []
 
 
 def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path, picture, capsys):
@@ -240,7 +245,7 @@ def test_without_any_good_image_the_former_page_stays(run, tmp_path, picture):
     assert names(tmp_path / "out/page") == {"1"}
 
 
-@pytest.mark.parametrize("place", ["out", "out/plain", "out/page"])
+@pytest.mark.parametrize("place", ["out", "out/plain", "out/plain/page"])
 @pytest.mark.parametrize("linked", [False, True])
 def test_an_input_is_never_overwritten(run, tmp_path, picture, place, linked):
     write_image(tmp_path / place / "x.png", picture(5, 5, 3))
@@ -414,7 +419,8 @@ def test_a_new_page_leaves_no_previews_of_the_former_one(run, tmp_path, picture)
 def test_previews_are_small(tmp_path, picture):
     gallery = show.Gallery(tmp_path)
     image = cv2.resize(picture(20, 40, 3), (4000, 2000))
-    entry = gallery.entry(1, show.Restored(image, [image], None, [], 0.0, 0.0), Path("x.png"), "run/x.png")
+    item = show.Restored(image, [image], None, [], 0.0, 0.0, Path("x.png"), {}, [])
+    entry = gallery.entry(1, item, Path("x.png"), "run/x.png")
     paths = [tmp_path / view["url"] for view in entry["views"]]
     assert {read_image(path).shape for path in paths} == {(800, 1600, 3)}
     assert {path.suffix for path in paths} == {".jpg"}

@@ -25,6 +25,10 @@ class NotWritable(UserError):
     """A file or folder that cannot be written."""
 
 
+class BadName(NotWritable):
+    """A file's name that its file system does not take: too long, of other characters, or a folder's."""
+
+
 class Occupied(UserError):
     """A place that is taken: by other files, or by another process that trains the run."""
 

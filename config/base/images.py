@@ -3,32 +3,100 @@
 A pair is one file: the clean background `B` in the left half, the rainy image `O` in the right half.
 """
 
+import os
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from base.errors import DamagedFile, Mismatch, MissingFile, NotWritable
+from base.errors import DamagedFile, Mismatch, MissingFile, OutOfMemory
 from base.files import write_bytes
+from base.metadata import JPEG, PROFILE, TIFF, held, jpeg_segments, losses, made_upright, unmultiplied, with_profile
 
 SAME_BACKGROUND = 0.995  # correlation of thumbnails; in Rain800 the same background reaches 0.999, others 0.991 at most
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+WRITABLE = {".png", ".bmp", ".webp", ".avif", *JPEG, *TIFF}  # without losing more than such a file must lose
+SUFFIXES = {*WRITABLE, *".gif .jp2 .dib .ppm .pgm .pbm .pnm .pam .ras .sr .hdr .pic .exr .pfm".split()}
+RAW = set(".dng .nef .nrw .arw .srf .sr2 .cr2 .cr3 .crw .orf .rw2 .pef .srw .raf .3fr .erf .kdc .mrw".split())
+CONVERT = "which OpenCV can't read: convert it to JPEG or PNG"
+KINDS = {  # by a file's first bytes: a suffix, or what it is instead of an image that OpenCV can read
+    rb"\x89PNG\r\n": ".png",
+    rb"\xff\xd8\xff": ".jpg",
+    rb"RIFF....WEBP": ".webp",
+    rb"II[*+]\0|MM\0[*+]": ".tif",
+    rb"BM.{12}[\x0c-\x7c]\0\0\0": ".bmp",
+    rb"GIF8[79]a": ".gif",
+    rb"....ftyp.{0,40}?avi[fs]": ".avif",
+    rb"\0\0\0\x0cjP  ": ".jp2",
+    rb"....ftyp.{0,40}?(hei|hev|mif1)": f"a HEIC image, {CONVERT}",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": f"a JPEG XL image, {CONVERT}",
+    rb"8BPS": f"a Photoshop image, {CONVERT}",
+    rb"%PDF": f"a PDF, {CONVERT}",
+    rb"....ftyp|....moov|RIFF....AVI |\x1aE\xdf\xa3|FLV|\0\0\x01[\xb3\xba]|OggS|\x30\x26\xb2\x75": "a video",
+    rb"\Z": "empty",
+}
 
 
 def survey(folder: Path, recursive: bool = False) -> tuple[list[Path], dict[Path, str]]:
     """The image files of a folder in natural order ("2" before "10"), and why each other entry is left out.
 
-    Both are empty if there is no such folder.
+    Hidden files are in neither. Both are empty if there is no such folder.
     """
     images: list[Path] = []
     left_out: dict[Path, str] = {}
-    for path in sorted(folder.iterdir(), key=_natural) if folder.is_dir() else ():
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            images.append(path)
-        else:
-            left_out[path] = "no image"
+    visited = set()  # links may lead back
+
+    def visit(folder: Path) -> None:
+        visited.add(folder.resolve())
+        try:
+            entries = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=_natural)
+        except OSError as error:
+            left_out[folder] = str(error.strerror)
+            return
+        for path in entries:
+            if recursive and path.is_dir():
+                if path.resolve() in visited:
+                    left_out[path] = "a folder that is read already"
+                else:
+                    visit(path)
+            elif reason := _no_image(path):
+                left_out[path] = reason
+            else:
+                images.append(path)
+
+    if os.path.isdir(folder):  # unlike Path.is_dir, it takes names of any length
+        visit(folder)
     return images, left_out
+
+
+def _no_image(path: Path) -> str:
+    """Why a file isn't read as an image, by its name and first bytes; empty if it is."""
+    if not path.is_file():
+        return "a folder" if path.is_dir() else "no file" if path.exists() else "a link to nothing"
+    if path.suffix.lower() in RAW:
+        return f"a raw file, {CONVERT}"
+    if path.suffix.lower() in SUFFIXES or cv2.haveImageReader(_for_cv2(path)):
+        return ""
+    return kind_of(path)
+
+
+def _for_cv2(path: Path) -> Any:
+    """A file's name as bytes: OpenCV crashes on a str that is no UTF-8."""
+    return os.fsencode(path)
+
+
+def kind_of(path: Path) -> str:
+    """What a file is by its first bytes: a suffix, as ".png", or else in words, as for `survey`."""
+    try:
+        with open(path, "rb") as file:
+            return _kind(file.read(64))
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _kind(data: bytes) -> str:
+    return next((kind for start, kind in KINDS.items() if re.match(start, data, re.DOTALL)), "no image")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -37,7 +105,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", path.name.lower())]
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]+)", path.name.lower()))]
 
 
 def list_pairs(source: Path) -> list[Path]:
@@ -48,29 +116,71 @@ def list_pairs(source: Path) -> list[Path]:
     return paths
 
 
+class Picture(NamedTuple):
+    """An upright image and what else is in its file."""
+
+    image: np.ndarray  # as of `read_image`
+    metadata: dict[int, bytes]  # the EXIF data and the colour profile of this image, by the keys of `base.metadata`
+    lost: list[str]  # what neither of these holds, in a few words each
+
+
 def read_image(path: Path) -> np.ndarray:
-    """An upright image as (H, W) grey, (H, W, 3) or (H, W, 4), uint8 or uint16. Raises MissingFile or DamagedFile."""
+    """An upright image as (H, W) grey, (H, W, 3) or (H, W, 4), uint8 or uint16.
+
+    Raises MissingFile, DamagedFile or OutOfMemory.
+    """
+    return _read(path)[1]
+
+
+def read_picture(path: Path) -> Picture:
+    """An image with its metadata. Raises what `read_image` raises."""
+    data, image, metadata = _read(path)
+    count = cv2.imcount(_for_cv2(path))
+    frames = [f"{count - 1} of {count} frames or pages"] if count > 1 else []
+    return Picture(image, held(metadata, ".png", image), [*frames, *losses(data, image, metadata)])
+
+
+def _read(path: Path) -> tuple[bytes, np.ndarray, dict[int, bytes]]:
+    """A file's bytes, its upright image and the metadata that its format can hold, fit for the upright image."""
     try:
-        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
+        data = Path(path).read_bytes()
     except OSError as error:
         raise MissingFile(f"can't read {path}: {error.strerror}") from None
-    cut_off = bytes(data[:4]) == b"\x89PNG" and b"IEND" not in bytes(data[-64:])  # libpng would print a message
-    image = None if cut_off else _decode(data, cv2.IMREAD_UNCHANGED)
-    if image is not None and image.shape[2:] != (4,):  # IMREAD_UNCHANGED, which keeps alpha, ignores EXIF orientation
-        image = _decode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    kind = _kind(data[:64])
+    if Path(path).suffix.lower() in RAW:
+        raise DamagedFile(f"{path} is a raw file, {CONVERT}")
+    if _is_cut_off(data, kind):
+        raise DamagedFile(f"{path} is cut off: get it again")
+    image, metadata = _decode(path, data)
     if image is None:
-        raise DamagedFile(f"{path} is not an image or is cut off: remove it or download it again")
+        known = kind[0] == "." or cv2.haveImageReader(_for_cv2(path))
+        reason = "damaged, cut off or of a variety that OpenCV can't read" if known else kind
+        raise DamagedFile(f"{path} is {reason}")
     if image.dtype not in (np.uint8, np.uint16):
         raise DamagedFile(f"{path} has samples of type {image.dtype}, not 8 or 16 bits per channel")
-    return image
+    return data, *made_upright(data, kind, image, metadata)
 
 
-def _decode(data: np.ndarray, flags: int) -> np.ndarray | None:
+def _is_cut_off(data: bytes, kind: str) -> bool:
+    """Whether the end of a PNG or JPEG is missing, of which the libraries print messages or make grey areas."""
+    if kind == ".png":
+        return b"IEND\xaeB`\x82" not in data
+    return kind == ".jpg" and data.find(b"\xff\xd9", jpeg_segments(data)[1]) < 0
+
+
+def _decode(path: Path, data: bytes) -> tuple[np.ndarray | None, dict[int, bytes]]:
     (cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging).setLogLevel(0)  # OpenCV 5 moved it
+    buffer = np.frombuffer(unmultiplied(data), np.uint8)
     try:
-        return cv2.imdecode(data, flags)
-    except cv2.error:
-        return None
+        image, keys, values = cv2.imdecodeWithMetadata(buffer, flags=cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in error.err:
+            text = "more pixels than OpenCV reads, 2^30: make it smaller or set OPENCV_IO_MAX_IMAGE_PIXELS"
+            raise OutOfMemory(f"{path} has {text}") from None
+        if error.code == cv2.Error.StsNoMem:
+            raise OutOfMemory(f"{path} is too large for the memory: make it smaller") from None
+        return None, {}
+    return image, {int(key): np.asarray(value).tobytes() for key, value in zip(keys, values, strict=True)}
 
 
 def to_bgr8(image: np.ndarray) -> np.ndarray:
@@ -91,13 +201,25 @@ def read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return image[:, :half], image[:, half:]
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Write an image, whole or not at all, in the format of `path`'s suffix. Raises NotWritable."""
-    how = {".webp": [cv2.IMWRITE_WEBP_QUALITY, 95], ".png": [cv2.IMWRITE_PNG_COMPRESSION, 3]}  # JPEG has quality 95
-    done, data = cv2.imencode(path.suffix.lower(), image, how.get(path.suffix.lower(), []))
+def write_image(path: Path, image: np.ndarray, metadata: dict[int, bytes] | None = None) -> None:
+    """Write an image, whole or not at all, in the format of `path`'s suffix, with what that holds of the metadata.
+
+    Raises NotWritable, or Mismatch if the format can't hold such an image.
+    """
+    suffix = path.suffix.lower()
+    quality = {".webp": cv2.IMWRITE_WEBP_QUALITY, ".avif": cv2.IMWRITE_AVIF_QUALITY}  # JPEG has 95
+    how = [quality[suffix], 95] if suffix in quality else [cv2.IMWRITE_PNG_COMPRESSION, 3] if suffix == ".png" else []
+    metadata = held(metadata or {}, suffix, image)
+    profile = metadata.pop(PROFILE, b"") if suffix in TIFF else b""
+    values = [np.frombuffer(value, np.uint8)[None] for value in metadata.values()]
+    try:
+        encoder = ".jpg" if suffix in JPEG else suffix
+        done, data = cv2.imencodeWithMetadata(encoder, image, list(metadata), values, how)
+    except cv2.error:
+        done = False
     if not done:
-        raise NotWritable(f"can't encode {path}: shape {image.shape}, {image.dtype}")
-    write_bytes(path, data.tobytes())
+        raise Mismatch(f"{path} can't hold an image of shape {image.shape}, {image.dtype}")
+    write_bytes(path, with_profile(data.tobytes(), profile) if profile else data.tobytes())
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
