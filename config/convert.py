@@ -142,8 +142,10 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
             more = f"\n  ... all in {path}" if lines[SHOWN:] else ""
             log.info("\n  ".join([f"{title}: {len(lines)}", *lines[:SHOWN]]) + more)
     write_bytes(path, ("\n".join(text) + "\n").encode("utf-8", "backslashreplace"))
-    action = ["train", "-p", "sdsen"] if thumbs["train"] and thumbs["val"] else ["test", "-m", "photographs"]
-    log.info(f"{counts} pairs; next: {command_line('main.py', '-a', *action, '--data_dir', str(data_dir))}")
+    log.info(f"{counts} pairs in {data_dir}")
+    if (thumbs["train"] and thumbs["val"]) or thumbs["test"]:
+        action = ["train", "-p", "sdsen"] if thumbs["train"] and thumbs["val"] else ["test", "-m", "photographs"]
+        log.info(f"next: {command_line('main.py', '-a', *action, '--data_dir', str(data_dir))}")
 
 
 def thumbnails_in(data_dir: Path, split: str) -> dict[str, np.ndarray]:

@@ -177,6 +177,6 @@ def left_out(files: dict[Path, str]) -> list[str]:
     for path in sorted(files):
         groups[path.parent, files[path]].append(path.name)
     return [
-        f"{folder}: {len(names)} of its files ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}"
+        f"{folder}: {len(names)} entries ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}"
         for (folder, reason), names in groups.items()
     ]
