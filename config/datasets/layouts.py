@@ -102,8 +102,11 @@ def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> t
 def _walk(root: Path, data_dir: Path, ignored: list[str]) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Each folder under `root`, links included, but `data_dir`, and the names that lead there."""
     seen = {data_dir}
-    report = lambda error: ignored.append(f"{error.filename}: {error.strerror}")  # noqa: E731
-    for name, subfolders, _ in os.walk(root, followlinks=True, onerror=report):
+
+    def report(error: OSError) -> None:
+        ignored.append(f"{error.filename}: {error.strerror}")
+
+    for name, subfolders, _ in os.walk(root, onerror=report, followlinks=True):
         subfolders[:] = sorted(sub for sub in subfolders if sub[0] != "." and sub != "__MACOSX")
         folder = Path(name)
         if (resolved := folder.resolve()) in seen:
