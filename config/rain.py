@@ -11,20 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from base import images
 from base.console import Parser, Progress, command_line, log, run_script, set_up_log
 from base.errors import BadArgument, Occupied
 from base.files import write_bytes
-from base.images import (
-    list_images,
-    list_pairs,
-    read_image,
-    read_pair,
-    shared_backgrounds,
-    survey,
-    thumbnail,
-    to_bgr8,
-    write_image,
-)
 from datasets.layouts import SPLITS, left_out
 from datasets.pairing import Pair, choose_validation
 from synthesis.measure import comparison
@@ -34,12 +24,12 @@ from synthesis.styles import STYLES, IntensityRain
 
 def draw(options: argparse.Namespace) -> Counter[Path]:
     """Write joined pairs, B left and O right; returns how many by folder. A second call writes the same files."""
-    style, paths = STYLES[options.style], list_pairs(options.source)
+    style, paths = STYLES[options.style], images.list_pairs(options.source)
     stem, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
         raise BadArgument(f"{times} images are called {stem}: rename them, their pairs would share a name")
     folders = choose_folders(paths, options)
-    for line in left_out(survey(options.source)[1]):
+    for line in left_out(images.survey(options.source)[1]):
         log.info(f"left out: {line}")
     drawn, chosen = Counter(), defaultdict(list)
     for path in Progress(paths, unit="image"):
@@ -47,7 +37,7 @@ def draw(options: argparse.Namespace) -> Counter[Path]:
         for number in range(options.count):
             name = f"{path.stem}_x{number + 1}.png"
             rainy = add_rain(clean, style, picture_generator(options.seed, path.stem, number))
-            write_image(folder / name, np.hstack([clean, rainy]))
+            images.write_image(folder / name, np.hstack([clean, rainy]))
             drawn[folder] += 1
             if isinstance(style, IntensityRain):
                 angle, radius = style.choose(picture_generator(options.seed, path.stem, number))
@@ -55,13 +45,13 @@ def draw(options: argparse.Namespace) -> Counter[Path]:
     for folder, count in drawn.items():
         if chosen:
             write_bytes(folder / "drawn.csv", "".join(["image,degrees,radius\n", *chosen[folder]]).encode())
-        images = f"{options.count} on each of {count // options.count} images"
-        write_bytes(folder / "drawn.txt", f"synthetic rain: {options.style}, {images}, seed {options.seed}\n".encode())
+        amount = f"{options.count} on each of {count // options.count} images"
+        write_bytes(folder / "drawn.txt", f"synthetic rain: {options.style}, {amount}, seed {options.seed}\n".encode())
     return drawn
 
 
 def read_clean(path: Path, options: argparse.Namespace) -> np.ndarray:
-    return read_pair(path)[0] if options.pairs else to_bgr8(read_image(path))
+    return images.read_pair(path)[0] if options.pairs else images.to_bgr8(images.read_image(path))
 
 
 def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
@@ -78,8 +68,11 @@ def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path,
     if val + test >= len(paths):
         least = f"--val {val} and --test {test} leave none of {len(paths)} images for training"
         raise BadArgument(f"{least}: lower them, or draw to {target / 'train'} alone")
-    thumbs, group = {str(path): thumbnail(read_clean(path, options)) for path in Progress(paths, unit="image")}, {}
-    same = shared_backgrounds(thumbs, thumbs)
+    thumbs, group = (
+        {str(path): images.thumbnail(read_clean(path, options)) for path in Progress(paths, unit="image")},
+        {},
+    )
+    same = images.shared_backgrounds(thumbs, thumbs)
     for path in map(str, paths):  # the first image that shows the same photograph stands for all
         first = same.get(path, [path])[0]
         group[path] = group.get(first, path)
@@ -92,7 +85,7 @@ def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path,
         if count and not names:
             raise BadArgument(f"no photograph is left for {split}, as images that show the same stay together")
     planned = {f"{folder / path.stem}_x{k + 1}.png" for path, folder in folders.items() for k in range(options.count)}
-    for path in (path for place in places for path in list_images(place)):
+    for path in (path for place in places for path in images.list_images(place)):
         if str(path) not in planned:
             raise Occupied(f"{path} does not come from these images and options: choose another folder for the pairs")
     return folders
@@ -128,7 +121,7 @@ def main(arguments: list[str]) -> None:
             command = command_line("main.py", "-a", "train", "-p", "sdsen", "--data_dir", str(options.target))
             log.info(f"next: {command}")
     else:
-        log.info(comparison(list_pairs(options.source), options.style, options.count, options.seed))
+        log.info(comparison(images.list_pairs(options.source), options.style, options.count, options.seed))
 
 
 if __name__ == "__main__":
