@@ -418,6 +418,7 @@ def test_a_page_of_somebody_else_is_kept(run, tmp_path, picture):
         (["-i", "empty"], MissingFile, "empty"),
         (["-i", "x" * 300], MissingFile, "xxx"),
         (["-i", "~no-such-user/x.png"], MissingFile, "user"),
+        (["-i", "nowhere.png", "-o", "~no-such-user"], MissingFile, "nowhere"),
         (["photo.png"], BadArgument, "-i"),
         (["--colour", "red"], BadArgument, "--colour"),
         (["--log_level", "loud"], BadArgument, "log_level"),

@@ -153,7 +153,7 @@ def _read(path: Path) -> tuple[bytes, np.ndarray, dict[int, bytes]]:
         raise DamagedFile(f"{path} is cut off: get it again")
     image, metadata = _decode(path, data)
     if image is None:
-        known = kind[0] == "." or Path(path).is_file() and cv2.haveImageReader(_for_cv2(path))
+        known = kind[0] == "." or (Path(path).is_file() and cv2.haveImageReader(_for_cv2(path)))
         reason = "damaged, cut off or of a variety that OpenCV can't read" if known else kind
         raise DamagedFile(f"{path} is {reason}")
     if image.dtype not in (np.uint8, np.uint16):
