@@ -120,7 +120,7 @@ def find_inputs(given: list[str] | None, settings: Settings, recursive: bool = F
     if given is None:
         return dict.fromkeys(list_pairs(data_path(settings) / "test"), Path())
     found: dict[Path, tuple[Path, Path]] = {}  # by the resolved path, as an image that is named twice is restored once
-    for path in (Path(os.path.expanduser(word)) for word in given):
+    for path in map(to_path, given):
         files, left_out = survey(path, recursive)
         log_groups("left out", [(reason, entry) for entry, reason in left_out.items()])
         if "a folder" in left_out.values():
@@ -130,6 +130,11 @@ def find_inputs(given: list[str] | None, settings: Settings, recursive: bool = F
         for file in files or [path]:
             found.setdefault(file.resolve(), (file, file.parent.relative_to(path) if files else Path()))
     return dict(found.values())
+
+
+def to_path(word: str) -> Path:
+    """A path of the command line, where ~ means the home folder; of an unknown user it means nothing."""
+    return Path(os.path.expanduser(word))
 
 
 def log_groups(title: str, named: Iterable[tuple[str, Path]]) -> None:
@@ -151,7 +156,9 @@ def place_results(inputs: dict[Path, Path], output: Path | None, folder: Path, s
     place = output or folder
     if output and output.suffix.lower() in SUFFIXES and not os.path.isdir(output):
         if output.suffix.lower() not in WRITABLE or len(inputs) > 1:
-            raise BadArgument(f"--output {output}: name a folder, or for one image a file ({', '.join(WRITABLE)})")
+            raise BadArgument(
+                f"--output {output}: name a folder, or for one image a file ({', '.join(sorted(WRITABLE))})"
+            )
         results = [output]
     elif os.path.exists(place) and not os.path.isdir(place):
         raise BadArgument(f"results can't be written to {place}: it is a file")
@@ -296,7 +303,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
     parser.add_argument("--recursive", action="store_true", help="read the folders in folders as well")
     text = "folder for the results (default: SHOW_DIR/RUN) or, for one image, a file whose suffix is the format"
-    parser.add_argument("-o", "--output", metavar="PATH", help=text)
+    parser.add_argument("-o", "--output", type=to_path, metavar="PATH", help=text)
     parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
     parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)
@@ -317,9 +324,9 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     stage_num = network.output_num if known.stages is None else known.stages
     if not 1 <= stage_num <= network.output_num:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
-    inputs, show_dir = find_inputs(known.input, settings, known.recursive), Path(settings.show_dir)
-    output = Path(os.path.expanduser(known.output)) if known.output else None
-    folder, written = show_dir / (overrides.get("run") or opened.name), stage_num if known.all_stages else 0
+    show_dir, written = Path(settings.show_dir), stage_num if known.all_stages else 0
+    folder, output = show_dir / (overrides.get("run") or opened.name), known.output
+    inputs = find_inputs(known.input, settings, known.recursive)
     tasks = list(zip(inputs, place_results(inputs, output, folder, written), strict=True))
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
     log.info(f"{stage_num} of {network.output_num} stages, {len(tasks)} images, {device}")
@@ -364,15 +371,13 @@ def write_result(item: Restored, result: Path, stage_num: int, fixed: bool) -> P
 
     Where that can't hold the image's depth or alpha, these are lost if its name is `fixed`; else it becomes a .png.
     """
-    image, images, suffix = item.image, [item.stages[-1], *item.stages], result.suffix.lower()
-    checks = {
-        "16 bits": image.dtype == np.uint16 and suffix not in ANY_DEPTH,
-        "alpha": image.shape[2:] == (4,) and suffix in JPEG,
-    }
-    if any(checks.values()) and fixed:
+    images, suffix = [item.stages[-1], *item.stages], result.suffix.lower()
+    deep, alpha = item.image.dtype == np.uint16, item.image.shape[2:] == (4,)
+    fits = (suffix in ANY_DEPTH or not deep) and (suffix not in JPEG or not alpha)
+    if fixed and not fits:
         images = [to_bgr8(image) for image in images]
-        item.lost += [name for name, lost in checks.items() if lost]
-    elif any(checks.values()):
+        item.lost += ["16 bits"] * deep + ["alpha"] * alpha
+    elif not fits:
         result = result.with_suffix(".png")
     item.lost += [NAMES[key] for key in item.metadata.keys() - held(item.metadata, result.suffix.lower(), images[0])]
     for file, image in zip([result, *stage_files(result, stage_num)], images, strict=False):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,10 +13,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageCms
 
 import model
 import show
-from base.errors import BadArgument, MissingFile, Occupied
+from base.errors import BadArgument, MissingFile, NotWritable, Occupied
 from base.files import ROOT
 from base.images import read_image, write_image
 from runs import checkpoints
@@ -149,7 +151,148 @@ def test_exif_orientation_is_honoured(run, tmp_path):
     assert result[:6].mean() > 240 > 15 > result[12:].mean()
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "result"),
+    [
+        ("x.jfif", "JPEG", "x.jfif"),
+        ("x.JPE", "JPEG", "x.JPE"),
+        ("x", "JPEG", "x.jpg"),
+        ("x.2024", "PNG", "x.2024.png"),
+        ("x.avif", "AVIF", "x.avif"),
+        ("x.gif", "GIF", "x.png"),
+        ("x.jp2", "JPEG2000", "x.png"),
+        ("x.ppm", "PPM", "x.png"),
+    ],
+)
+def test_every_format_that_opencv_reads_comes_back_in_its_format_or_as_png(run, tmp_path, picture, name, form, result):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture(9, 8, 3)).save(tmp_path / "in" / name, form)
+    assert run("still", "-i", tmp_path / "in") == 0
+    assert names(tmp_path / "out/still") == {result}
+    with Image.open(tmp_path / "out/still" / result) as image:
+        assert (image.format, image.size) == (form if result != "x.png" else "PNG", (8, 9))
+
+
+def test_exif_and_profile_come_back_and_what_does_not_is_named(run, tmp_path, picture, capsys):
+    image, exif = Image.fromarray(picture(9, 8, 3)), Image.Exif()
+    exif[271], exif[274] = "A Camera", 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in/a.jpg", exif=exif, icc_profile=profile)
+    image.convert("CMYK").save(tmp_path / "in/b.jpg")
+    image.save(tmp_path / "in/c.gif", save_all=True, append_images=[image.transpose(0)])
+    assert run("plain", "-i", tmp_path / "in", "--all-stages") == 0
+    for name in ("a.jpg", "a_stage1.jpg"):
+        with Image.open(tmp_path / "out/plain" / name) as result:
+            assert (dict(result.getexif()), result.info["icc_profile"]) == ({271: "A Camera", 274: 1}, profile)
+    out = capsys.readouterr().out
+    assert [str(tmp_path / "in" / name) in out for name in ("a.jpg", "b.jpg", "c.gif")] == [False, True, True]
+
+
 # ---------------------------------------------------------------- files
+
+
+def test_folders_in_folders_are_named_or_restored_as_a_tree(run, tmp_path, picture, capsys):
+    for name in ("a.png", "sub/a.png", "sub/deep/a.png"):
+        write_image(tmp_path / "in" / name, picture(5, 5, 3))
+    (tmp_path / "in/notes.txt").write_text("no image")
+    assert run("still", "-i", tmp_path / "in", show_dir="flat") == 0
+    out = capsys.readouterr().out
+    assert [str(tmp_path / "in" / name) in out for name in ("sub", "notes.txt", "a.png")] == [True, True, False]
+    assert names(tmp_path / "flat/still") == {"a.png"}
+    assert run("still", "-i", tmp_path / "in", "--recursive") == 0
+    results = (tmp_path / "out/still").rglob("*.png")
+    assert {path.relative_to(tmp_path / "out/still").as_posix() for path in results} == {
+        "a.png", "sub/a.png", "sub/deep/a.png"
+    }  # fmt: skip
+    assert run("still", "-i", tmp_path / "in/sub", tmp_path / "in", "--recursive", show_dir="both") == 0
+    assert len(list((tmp_path / "both/still").rglob("*.png"))) == 3  # each once
+
+
+def test_many_files_are_counted_and_all_named_at_level_debug(run, tmp_path, picture, capsys):
+    write_image(tmp_path / "in/a.png", picture(5, 5, 3))
+    for index in range(9):
+        (tmp_path / f"in/{index}.txt").touch()
+    shown = []
+    for words in ([], ["--log_level", "debug"]):
+        run("still", "-i", tmp_path / "in", *words)
+        shown.append(capsys.readouterr().out.count(".txt"))
+    assert shown == [3, 9]
+
+
+def test_a_name_that_is_too_long_is_skipped_and_a_long_one_is_written(run, tmp_path, picture):
+    (tmp_path / "in").mkdir()
+    data = cv2.imencode(".png", picture(5, 5, 3))[1].tobytes()
+    for name in ("雨" * 83 + ".png", "y" * 253, "a.png"):
+        (tmp_path / "in" / name).write_bytes(data)
+    assert run("still", "-i", tmp_path / "in") == 1
+    assert names(tmp_path / "out/still") == {"雨" * 83 + ".png", "a.png"}
+
+
+def test_a_full_disk_ends_the_run(run, tmp_path, picture):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "in" / name, picture(40, 40, 3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(NotWritable):
+            run("still", "-i", tmp_path / "in")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_output_names_a_folder_or_a_file(run, tmp_path, picture):
+    deep, alpha = picture(5, 6, 3, dtype=np.uint16), picture(5, 6, 4)
+    write_image(tmp_path / "in/deep.png", deep)
+    write_image(tmp_path / "in/alpha.png", alpha)
+    assert run("still", "-i", tmp_path / "in", "-o", tmp_path / "results") == 0
+    assert names(tmp_path / "results") == {"deep.png", "alpha.png"}
+    assert run("still", "-i", tmp_path / "in/deep.png", "--output", tmp_path / "in/result.tif", "--all-stages") == 0
+    np.testing.assert_array_equal(read_image(tmp_path / "in/result.tif"), deep)
+    assert names(tmp_path / "in") == {
+        "deep.png",
+        "alpha.png",
+        "result.tif",
+        *(f"result_stage{t}.tif" for t in (1, 2, 3)),
+    }
+    for name in ("deep", "alpha"):  # the named format, which holds neither
+        assert run("still", "-i", tmp_path / f"in/{name}.png", "-o", tmp_path / f"new/{name}.jpg") == 0
+        image = read_image(tmp_path / f"new/{name}.jpg")
+        assert (image.shape, image.dtype) == ((5, 6, 3), np.uint8)
+    assert (tmp_path / "out/index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("-i in -o result.png", BadArgument),  # two images, one file
+        ("-i in/a.png -o result.gif", BadArgument),
+        ("-i in/a.png -o notes", BadArgument),  # a file that is no image
+        ("-i in/a.png -o in/a.png", Occupied),
+        ("-i link.png -o in/a.png", Occupied),
+        ("-i in/x_stage1.png -o in/x.png --all-stages", Occupied),
+        ("-i in -o in", Occupied),
+        ("-i . --recursive -o in", Occupied),
+        ("-i in --recursive --show_dir", Occupied),
+    ],
+)
+def test_outputs_that_are_refused(run, tmp_path, picture, monkeypatch, words, error):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.png", "in/x_stage1.png", "in/sub/still/b.png"):
+        write_image(tmp_path / name, picture(5, 5, 3))
+    (tmp_path / "notes").touch()
+    (tmp_path / "link.png").symlink_to("in/a.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(error):
+        run("still", *words.removesuffix(" --show_dir").split(), show_dir="in/sub" if "show_dir" in words else "out")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_results_may_go_to_the_folder_above(run, tmp_path, picture):
+    write_image(tmp_path / "in/sub/b.png", picture(5, 5, 3))
+    write_image(tmp_path / "in/a.png", picture(5, 5, 3))
+    assert run("still", "-i", tmp_path / "in", "--recursive", "-o", tmp_path) == 0
+    assert {"a.png", "sub", "in"} <= names(tmp_path)
 
 
 def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
@@ -273,6 +416,9 @@ def test_a_page_of_somebody_else_is_kept(run, tmp_path, picture):
     [
         (["-i", "nowhere.png"], MissingFile, r"nowhere\.png"),
         (["-i", "empty"], MissingFile, "empty"),
+        (["-i", "x" * 300], MissingFile, "xxx"),
+        (["-i", "~no-such-user/x.png"], MissingFile, "user"),
+        (["-i", "nowhere.png", "-o", "~no-such-user"], MissingFile, "nowhere"),
         (["photo.png"], BadArgument, "-i"),
         (["--colour", "red"], BadArgument, "--colour"),
         (["--log_level", "loud"], BadArgument, "log_level"),

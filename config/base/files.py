@@ -11,6 +11,7 @@ from typing import IO, Any
 from base.errors import BadName, NotWritable
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository
+# Errors of one name: other files in the same place may be written.
 OF_NAMES = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ}
 
 

@@ -135,7 +135,7 @@ def read_image(path: Path) -> np.ndarray:
 def read_picture(path: Path) -> Picture:
     """An image with its metadata. Raises what `read_image` raises."""
     data, image, metadata = _read(path)
-    count = cv2.imcount(_for_cv2(path))
+    count = cv2.imcount(_for_cv2(path)) if path.is_file() else 1  # a pipe can't be read again
     frames = [f"{count - 1} of {count} frames or pages"] if count > 1 else []
     return Picture(image, held(metadata, ".png", image), [*frames, *losses(data, image, metadata)])
 
@@ -153,7 +153,7 @@ def _read(path: Path) -> tuple[bytes, np.ndarray, dict[int, bytes]]:
         raise DamagedFile(f"{path} is cut off: get it again")
     image, metadata = _decode(path, data)
     if image is None:
-        known = kind[0] == "." or cv2.haveImageReader(_for_cv2(path))
+        known = kind[0] == "." or (Path(path).is_file() and cv2.haveImageReader(_for_cv2(path)))
         reason = "damaged, cut off or of a variety that OpenCV can't read" if known else kind
         raise DamagedFile(f"{path} is {reason}")
     if image.dtype not in (np.uint8, np.uint16):
