@@ -4,22 +4,17 @@
     python show.py -m RUN             # the test set of that run's data set, with scores
 
 Results are written to `showdir/RUN/` under the input's name and in the input's format: grey, alpha and 16 bits are
-kept. JPEG and WebP are written at quality 95; scores are taken before. The page, `showdir/index.html`, shows the last
-call's images; it is show.html with its facts as JSON. `python show.py -h` lists the settings.
+kept. JPEG and WebP are written at quality 95; scores are taken before. The page, `showdir/RUN/index.html`, compares all
+images there. `python show.py -h` lists the settings.
 """
 
 import argparse
 import itertools
-import json
-import math
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -32,20 +27,17 @@ from base import ranks
 from base.console import in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
 from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
-from base.files import write_bytes
-from base.images import SUFFIXES, list_images, read_image, read_pair, to_bgr8, write_image
+from base.images import SUFFIXES, list_images, read_image, read_pair, write_image
 from base.options import make_parser
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
+from gallery.gallery import Gallery
 from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
 from settings import FIELDS, Settings, read_overrides
 
 ANY_DEPTH = (".png", ".tif", ".tiff")  # formats that hold 16 bits and alpha
-TEMPLATE = Path(__file__).with_name("show.html")
-MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
 PRETRAINED = "photographs"  # the weights that are used by default
-LARGEST = 1600  # side of a preview, pixels
 OPTIONS = (
     "data_dir model_dir show_dir run device precision memory_gib mirror cuda_graphs log_level".split()
 )  # in the help
@@ -156,76 +148,6 @@ def summarize(items: Sequence[Restored]) -> str:
     return ", ".join(parts)
 
 
-def rain_layer(O: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, int]:
-    """The rain layer O - restored of two (H, W, 3) uint8 images, made visible: (H, W, 3) uint8 and its gain.
-
-    The gain is the largest of 1, 2, 4, 8 and 16 that clips at most 1 % of the samples. Negative samples are black.
-    """
-    rain = cv2.subtract(O, restored)  # clips at 0
-    peak = max(1.0, float(np.percentile(rain, 99)))
-    gain = max(g for g in (1, 2, 4, 8, 16) if g == 1 or g * peak <= 255)
-    return cv2.convertScaleAbs(rain, alpha=gain), gain
-
-
-class Gallery:
-    """The previews of images, one after another, and at the end the page."""
-
-    def __init__(self, show_dir: Path):
-        """Choose the previews' folder. Raises Occupied where there is an index.html that show.py did not write."""
-        self.show_dir, self.page = show_dir, show_dir / "index.html"
-        if self.page.exists() and MARK not in self.page.read_bytes():
-            raise Occupied(f"{self.page} was not written by show.py and is kept: name another folder with --show_dir")
-        self.former = [path for path in (show_dir / "page").glob("*") if path.name.isdecimal()]
-        self.folder = show_dir / "page" / str(1 + max((int(path.name) for path in self.former), default=0))
-
-    def entry(self, number: int, item: Restored, source: Path, result: str) -> dict[str, Any]:
-        """Write the previews of image `number` and return its part of the page.
-
-        `source` is the file it was read from, `result` the file it was written to, relative to show_dir.
-        """
-        O, *stages = (to_bgr8(image) for image in (item.image, *item.stages))
-        layer, gain = rain_layer(O, stages[-1])
-        pictures = {"Input": O, **{f"Stage {t}": stage for t, stage in enumerate(stages, 1)}, "Rain layer": layer}
-        if item.ground_truth is not None:
-            pictures["Ground truth"] = item.ground_truth
-        urls = [self._preview(f"{number}_{index}", picture) for index, picture in enumerate(pictures.values())]
-        views: list[dict[str, Any]] = [{"label": label, "url": url} for label, url in zip(pictures, urls, strict=True)]
-        for view, row in zip(views, item.scores, strict=False):  # the input and the stages come first
-            view["scores"] = [_finite(row["psnr"]), _finite(row["ssim"])]
-        readable = Path(os.fsencode(source).decode(errors="replace"))  # the bytes of a name may be no UTF-8
-        return {
-            "name": readable.name,
-            "source": str(readable),
-            "result": quote(os.fsencode(result)),
-            "width": O.shape[1],
-            "height": O.shape[0],
-            "change": round(item.change, 3),
-            "gain": gain,
-            "last": len(stages),  # index of the result in `views`
-            "views": views,
-        }
-
-    def write(self, **facts: Any) -> None:
-        """Write the page of these facts, which show.html reads, and remove the previews of the last page."""
-        # "<" is escaped, so that no file name can end the script that holds the JSON.
-        text = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")
-        write_bytes(self.page, TEMPLATE.read_text(encoding="utf-8").replace("{{facts}}", text).encode())
-        for folder in self.former:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _preview(self, name: str, picture: np.ndarray) -> str:
-        scale = min(1.0, LARGEST / max(picture.shape[:2]))
-        height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
-        path = self.folder / f"{name}.jpg"
-        write_image(path, cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
-        return path.relative_to(self.show_dir).as_posix()
-
-
-def _finite(score: float) -> float | None:
-    """A score for JSON, which has neither nan nor inf: null, and 999 dB for equal images."""
-    return None if math.isnan(score) else min(round(score, 4), 999.0)
-
-
 def main(arguments: list[str]) -> int:
     parser = make_parser({name: FIELDS[name] for name in OPTIONS}, "Remove rain from images and make a page of them.")
     parser.add_argument("-p", "--preset", help="open the run of this preset's name")
@@ -254,18 +176,19 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
     paths, show_dir = find_inputs(known.input, settings), Path(settings.show_dir)
     folder = show_dir / (overrides.get("run") or opened.name)
-    written_to = {place.resolve() for place in (show_dir, folder, show_dir / "page")}
+    written_to = {place.resolve() for place in (show_dir, folder, folder / "page")}
     if inside := [path for path in paths if {path.parent.resolve(), path.resolve().parent} & written_to]:
         raise Occupied(f"{inside[0]} is in a folder that results are written to: name another one with --show_dir")
-    device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
+    name = f"{checkpoint.parent.name}/{checkpoint.name}"
+    device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(folder, name, step))
     log.info(f"{stage_num} of {network.output_num} stages, {len(paths)} images, {device}")
 
     written = stage_num if known.all_stages else 0
-    mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, written), strict=True), 1)))
-    results = []  # of each image an item and its entry in the page, or None where it was skipped
+    mine = ranks.share(list(zip(paths, result_stems(paths, written), strict=True)))
+    results: list[Restored | None] = []  # None where an image was skipped
     bar = tqdm(mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
-    with replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
-        for number, (path, stem) in bar:
+    with gallery, replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
+        for path, stem in bar:
             try:
                 item = derain(network, path, known.input is None, device, Restoring.of(settings), stage_num)
             except UserError as error:
@@ -273,22 +196,19 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
                 results.append(None)
                 continue
             result = write_result(item, path, folder, stem, written)
-            entry = gallery.entry(number, item, path, f"{folder.name}/{result}")
+            facts = (item.ground_truth, item.scores, item.change, item.seconds)
+            gallery.add(path, folder / result, [item.image, *item.stages], *facts)
             item.image, item.stages, item.ground_truth = np.empty(0), [], None  # memory for the next image
-            results.append((item, entry))
-    results = [both for both in ranks.gather(results) if both is not None]
+            results.append(item)
+    items = [item for item in ranks.gather(results) if item is not None]
     if not ranks.is_first():
         return 0
-    if not results:
-        shutil.rmtree(gallery.folder, ignore_errors=True)
+    if not items:
         log.warning("no image was restored; the page was left as it was")
         return 1
-    items, entries = zip(*results, strict=True)
-    name, summary = f"{checkpoint.parent.name}/{checkpoint.name}", summarize(items)
-    gallery.write(images=entries, checkpoint=name, step=step, stages=stage_num, summary=summary)
     if close := sum(item.change < NEARLY_INPUT for item in items):
         log.warning(f"warning: {close} of {len(items)} results are nearly their input: no rain, or little training")
-    log.info(f"{summary}\nresults: {folder}\npage: {gallery.page}")
+    log.info(f"{summarize(items)}\nresults: {folder}\npage: {gallery.page}")
     return int(len(items) < len(paths))
 
 
