@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve the page of show.py to this machine's browser.
+# Serve show.py's pages to this machine's browser.
 set -euo pipefail
 
 usage="usage: explore.sh [PORT]

@@ -20,10 +20,10 @@ step "3/4 training a small S-DSEN (two stages, 6 channels) on the built-in set f
 .venv/bin/python config/main.py -a train -p sdsen_s2 --run quickstart --channel 6 --batch_size 4 --lr 1e-3 \
     --clip_norm 0.1 --steps 500 --milestones 350 450 --save_steps 100 --log_steps 20
 
-step "4/4 testing it on photographs that it was not trained on, into showdir/trained"
+step "4/4 testing it on photographs that it was not trained on, into showdir/quickstart"
 .venv/bin/python config/main.py -a test -m quickstart
-.venv/bin/python config/show.py -m quickstart --all-stages --show_dir showdir/trained
+.venv/bin/python config/show.py -m quickstart --all-stages
 
 step "done"
-echo "look at the pictures:  bash explore.sh (the output of the small network is at /trained/)"
+echo "look at the pictures:  bash explore.sh (the output of the small network is on the page quickstart)"
 echo "look at the curves:    bash config/tensorboard.sh"

@@ -5,50 +5,40 @@
 
 Results are written to `showdir/RUN/`, or to --output, under the input's name and in the input's format: grey, alpha, 16
 bits, EXIF and the colour profile are kept. JPEG, WebP and AVIF are written at quality 95; scores are taken before. The
-page, `showdir/index.html`, shows the last call's images; it is show.html with its facts as JSON. `python show.py -h`
-lists the settings.
+page, `showdir/RUN/index.html`, compares all images there. `python show.py -h` lists the settings.
 """
 
 import argparse
 import itertools
-import json
 import logging
-import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from base import ranks
-from base.console import in_terminal, log, run_script, set_up_log
+from base.console import Progress, in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
 from base.errors import BadArgument, BadName, MissingFile, NotWritable, Occupied, OutOfMemory, UserError
-from base.files import write_bytes
 from base.images import SUFFIXES, WRITABLE, Picture, kind_of, read_pair, read_picture, survey, to_bgr8, write_image
 from base.metadata import JPEG, NAMES, TIFF, held
 from base.options import make_parser
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
 from fast.graphs import replaying
+from gallery.gallery import Gallery
 from runs.restore import NEARLY_INPUT, Restoring, open_network, restore
 from settings import FIELDS, Settings, read_overrides
 
 ANY_DEPTH = {".png", *TIFF}  # formats that hold 16 bits and alpha
-TEMPLATE = Path(__file__).with_name("show.html")
-MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
 PRETRAINED = "photographs"  # the weights that are used by default
-LARGEST = 1600  # side of a preview, pixels
 OPTIONS = (
     "data_dir model_dir show_dir run device precision memory_gib mirror cuda_graphs log_level".split()
 )  # in the help
@@ -225,87 +215,20 @@ def summarize(items: Sequence[Restored]) -> str:
     return ", ".join(parts)
 
 
-def rain_layer(O: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, int]:
-    """The rain layer O - restored of two (H, W, 3) uint8 images, made visible: (H, W, 3) uint8 and its gain.
-
-    The gain is the largest of 1, 2, 4, 8 and 16 that clips at most 1 % of the samples. Negative samples are black.
-    """
-    rain = cv2.subtract(O, restored)  # clips at 0
-    peak = max(1.0, float(np.percentile(rain, 99)))
-    gain = max(g for g in (1, 2, 4, 8, 16) if g == 1 or g * peak <= 255)
-    return cv2.convertScaleAbs(rain, alpha=gain), gain
-
-
-class Gallery:
-    """The previews of images, one after another, and at the end the page."""
-
-    def __init__(self, show_dir: Path):
-        """Choose the previews' folder. Raises Occupied where there is an index.html that show.py did not write."""
-        self.show_dir, self.page = show_dir, show_dir / "index.html"
-        if self.page.exists() and MARK not in self.page.read_bytes():
-            raise Occupied(f"{self.page} was not written by show.py and is kept: name another folder with --show_dir")
-        self.former = [path for path in (show_dir / "page").glob("*") if path.name.isdecimal()]
-        self.folder = show_dir / "page" / str(1 + max((int(path.name) for path in self.former), default=0))
-
-    def entry(self, number: int, item: Restored, source: Path, result: str) -> dict[str, Any]:
-        """Write the previews of image `number` and return its part of the page.
-
-        `source` is the file it was read from, `result` the file it was written to, relative to show_dir.
-        """
-        O, *stages = (to_bgr8(image) for image in (item.image, *item.stages))
-        layer, gain = rain_layer(O, stages[-1])
-        pictures = {"Input": O, **{f"Stage {t}": stage for t, stage in enumerate(stages, 1)}, "Rain layer": layer}
-        if item.ground_truth is not None:
-            pictures["Ground truth"] = item.ground_truth
-        urls = [self._preview(f"{number}_{index}", picture) for index, picture in enumerate(pictures.values())]
-        views: list[dict[str, Any]] = [{"label": label, "url": url} for label, url in zip(pictures, urls, strict=True)]
-        for view, row in zip(views, item.scores, strict=False):  # the input and the stages come first
-            view["scores"] = [_finite(row["psnr"]), _finite(row["ssim"])]
-        readable = Path(os.fsencode(source).decode(errors="replace"))  # the bytes of a name may be no UTF-8
-        return {
-            "name": readable.name,
-            "source": str(readable),
-            "result": quote(os.fsencode(result)),
-            "width": O.shape[1],
-            "height": O.shape[0],
-            "change": round(item.change, 3),
-            "gain": gain,
-            "last": len(stages),  # index of the result in `views`
-            "views": views,
-        }
-
-    def write(self, **facts: Any) -> None:
-        """Write the page of these facts, which show.html reads, and remove the previews of the last page."""
-        # "<" is escaped, so that no file name can end the script that holds the JSON.
-        text = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")
-        write_bytes(self.page, TEMPLATE.read_text(encoding="utf-8").replace("{{facts}}", text).encode())
-        for folder in self.former:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _preview(self, name: str, picture: np.ndarray) -> str:
-        scale = min(1.0, LARGEST / max(picture.shape[:2]))
-        height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
-        path = self.folder / f"{name}.jpg"
-        write_image(path, cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
-        return path.relative_to(self.show_dir).as_posix()
-
-
-def _finite(score: float) -> float | None:
-    """A score for JSON, which has neither nan nor inf: null, and 999 dB for equal images."""
-    return None if math.isnan(score) else min(round(score, 4), 999.0)
-
-
 def main(arguments: list[str]) -> int:
     parser = make_parser({name: FIELDS[name] for name in OPTIONS}, "Remove rain from images and make a page of them.")
-    parser.add_argument("-p", "--preset", help="open the run of this preset's name")
+    group = parser.add_argument_group("Model")
+    group.add_argument("-p", "--preset", help="open the run of this preset's name")
     text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; default: photographs"
-    parser.add_argument("-m", "--model", help=text)
-    parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
-    parser.add_argument("--recursive", action="store_true", help="read the folders in folders as well")
+    group.add_argument("-m", "--model", help=text)
+    group.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
+    group = parser.add_argument_group("Input")
+    group.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
+    group.add_argument("--recursive", action="store_true", help="read the folders in folders as well")
+    group = parser.add_argument_group("Output")
     text = "folder for the results (default: SHOW_DIR/RUN) or, for one image, a file whose suffix is the format"
-    parser.add_argument("-o", "--output", type=to_path, metavar="PATH", help=text)
-    parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
-    parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
+    group.add_argument("-o", "--output", type=to_path, metavar="PATH", help=text)
+    group.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)
     if words and not words[0].startswith("-"):
         raise BadArgument(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
@@ -324,18 +247,16 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     stage_num = network.output_num if known.stages is None else known.stages
     if not 1 <= stage_num <= network.output_num:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
-    show_dir, written = Path(settings.show_dir), stage_num if known.all_stages else 0
-    folder, output = show_dir / (overrides.get("run") or opened.name), known.output
-    inputs = find_inputs(known.input, settings, known.recursive)
+    folder, written = Path(settings.show_dir) / (overrides.get("run") or opened.name), stage_num * known.all_stages
+    inputs, output = find_inputs(known.input, settings, known.recursive), known.output
     tasks = list(zip(inputs, place_results(inputs, output, folder, written), strict=True))
-    device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(show_dir))
+    name = f"{checkpoint.parent.name}/{checkpoint.name}"
+    device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(folder, name, step))
     log.info(f"{stage_num} of {network.output_num} stages, {len(tasks)} images, {device}")
 
-    mine = ranks.share(list(enumerate(tasks, 1)))
-    results = []  # of each image an item and its entry in the page, or None where it was skipped
-    bar = tqdm(mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
-    with replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
-        for number, (path, result) in bar:
+    results: list[Restored | None] = []  # None where an image was skipped
+    with gallery, replaying(network, device):
+        for path, result in Progress(ranks.share(tasks), unit="image"):
             try:
                 item = derain(network, path, known.input is None, device, Restoring.of(settings), stage_num)
                 result = write_result(item, result, written, result == output)
@@ -345,24 +266,21 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
                 log.warning(f"skipped: {error}")
                 results.append(None)
                 continue
-            entry = gallery.entry(number, item, path, os.path.relpath(result, show_dir))
+            facts = (item.ground_truth, item.scores, item.change, item.seconds)
+            gallery.add(path, result, [item.image, *item.stages], *facts)
             # memory for the next image
             item.image, item.stages, item.ground_truth, item.metadata = np.empty(0), [], None, {}
-            results.append((item, entry))
-    results = [both for both in ranks.gather(results) if both is not None]
+            results.append(item)
+    items = [item for item in ranks.gather(results) if item is not None]
     if not ranks.is_first():
         return 0
-    if not results:
-        shutil.rmtree(gallery.folder, ignore_errors=True)
+    if not items:
         log.warning("no image was restored; the page was left as it was")
         return 1
-    items, entries = zip(*results, strict=True)
-    name, summary = f"{checkpoint.parent.name}/{checkpoint.name}", summarize(items)
-    gallery.write(images=entries, checkpoint=name, step=step, stages=stage_num, summary=summary)
     log_groups("not in the results", [(what, item.source) for item in items for what in item.lost])
     if close := sum(item.change < NEARLY_INPUT for item in items):
         log.warning(f"warning: {close} of {len(items)} results are nearly their input: no rain, or little training")
-    log.info(f"{summary}\nresults: {output or folder}\npage: {gallery.page}")
+    log.info(f"{summarize(items)}\nresults: {output or folder}\npage: {gallery.page}")
     return int(len(items) < len(tasks))
 
 

@@ -27,7 +27,7 @@ def tree(tmp_path):
         shutil.copy(ROOT / name, root / name)
     for name in (
         "logdir/README.md", "logdir/run/events.out.tfevents.1", "logdir/.hidden",
-        "showdir/README.md", "showdir/index.html", "showdir/run/a b.png", "showdir/page/1/1_0.png",
+        "showdir/README.md", "showdir/index.html", "showdir/run/a b.png", "showdir/run/page/1/0.jpg",
         "models/README.md", "models/shipped.pth", "models/own.pth", "models/run/best.pth", "models/zoo/kept.pth",
         "models/zoo/step_1.pth",
     ):  # fmt: skip

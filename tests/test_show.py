@@ -1,11 +1,10 @@
-"""show.py and its page: every kind of image comes back as its kind, no file of the user is lost, the page is whole."""
+"""show.py: every kind of image comes back as its kind, no file of the user is lost."""
 
 import json
 import re
 import resource
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -25,6 +24,7 @@ from runs.checkpoints import Checkpoint
 from runs.restore import Restoring, open_network, restore, score_pairs
 from settings import resolve
 
+NETWORKS = ("plain", "still")
 TINY = {"channel": 2, "depth": 4, "stage_num": 3, "link": "concat"}
 
 
@@ -43,7 +43,7 @@ def run(tmp_path):
     """A function that calls show.main on network `name`: "plain", or "still", whose rain layers are all zero."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such images are too small to share
-    for name in ("plain", "still"):
+    for name in NETWORKS:
         torch.manual_seed(0)
         settings = resolve("sdsen", {**TINY, "run": name, "data_dir": str(tmp_path / "pairs")})
         network = model.build(settings)
@@ -75,15 +75,9 @@ def page_facts(folder: Path) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def page_files(folder: Path) -> list[Path]:
-    """All files that the page refers to."""
-    images = page_facts(folder)["images"]
-    urls = [url for image in images for url in (image["result"], *(v["url"] for v in image["views"]))]
-    return [folder / unquote(url) for url in urls]
-
-
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """Of the results in a folder."""
+    return {path.name for path in folder.iterdir()} - {"index.html", "page"}
 
 
 # ---------------------------------------------------------------- one image
@@ -300,11 +294,11 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
     for name, shade in shades.items():
         write_image(tmp_path / name, np.full((4, 4), shade, np.uint8))
     assert run("still", "--all-stages", "-i", *(tmp_path / name for name in shades), tmp_path / "a") == 0
-    results = {path: int(read_image(path)[0, 0]) for path in (tmp_path / "out/still").iterdir()}
+    folder = tmp_path / "out/still"
+    results = {folder / name: int(read_image(folder / name)[0, 0]) for name in names(folder)}
     assert sorted(results.values()) == sorted([*shades.values()] * 4)  # a result and three stages each; a/x.png once
     assert len({path.name.casefold() for path in results}) == len(results)  # also where x.png and X.PNG are one file
-    facts = page_facts(tmp_path / "out")
-    shown = {image["source"]: results[tmp_path / "out" / unquote(image["result"])] for image in facts["images"]}
+    shown = {image["source"]: results[folder / unquote(image["result"])] for image in page_facts(folder)["images"]}
     assert shown == {str(tmp_path / name): shade for name, shade in shades.items()}
 
 
@@ -348,7 +342,7 @@ def test_a_bad_file_is_named_and_skipped_and_the_exit_status_tells(run, tmp_path
     out = capsys.readouterr().out
     assert [str(tmp_path / "in" / name) in out for name in ("cut.png", "text.jpg", "good.png")] == [True, True, False]
     assert names(tmp_path / "out/plain") == {"good.png"}
-    assert [image["name"] for image in page_facts(tmp_path / "out")["images"]] == ["good.png"]
+    assert [image["name"] for image in page_facts(tmp_path / "out/plain")["images"]] == ["good.png"]
 
 
 def test_mirror_changes_what_is_written(run, tmp_path, picture):
@@ -377,15 +371,35 @@ def test_an_image_too_large_for_the_memory_is_skipped(run, tmp_path, picture, ca
     assert names(tmp_path / "out/plain") == {"small.png"}
 
 
-def test_without_any_good_image_the_former_page_stays(run, tmp_path, picture):
-    write_image(tmp_path / "good.png", picture(9, 9, 3))
+def test_without_any_good_image_nothing_is_written(run, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
-    run("plain", "-i", tmp_path / "good.png")
-    before = (tmp_path / "out/index.html").read_bytes()
     assert run("plain", "-i", tmp_path / "bad.png") == 1
-    assert (tmp_path / "out/index.html").read_bytes() == before
-    assert all(path.is_file() for path in page_files(tmp_path / "out"))
-    assert names(tmp_path / "out/page") == {"1"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, NotWritable])
+def test_a_call_that_stops_half_way_leaves_a_page_of_what_was_done(run, tmp_path, picture, error, monkeypatch):
+    def write_two(item, path, *where):
+        if path.name == "3.png":
+            raise error
+        return write(item, path, *where)
+
+    for number in range(1, 4):
+        write_image(tmp_path / f"in/{number}.png", picture(9, 9, 3))
+    write = show.write_result
+    monkeypatch.setattr(show, "write_result", write_two)
+    with pytest.raises(error):
+        run("plain", "-i", tmp_path / "in")
+    assert {image["name"] for image in page_facts(tmp_path / "out/plain")["images"]} == {"1.png", "2.png"}
+
+
+def test_each_network_has_its_page_which_later_calls_add_to(run, tmp_path, picture):
+    for number, name in enumerate(["plain", "still", "plain"]):
+        write_image(tmp_path / f"{number}.png", picture(9, 9, 3))
+        run(name, "-i", tmp_path / f"{number}.png")
+    shown = {name: {image["name"] for image in page_facts(tmp_path / "out" / name)["images"]} for name in NETWORKS}
+    assert shown == {"plain": {"0.png", "2.png"}, "still": {"1.png"}}
+    assert {page["name"]: page["count"] for page in page_facts(tmp_path / "out")["pages"]} == {"plain": 2, "still": 1}
 
 
 @pytest.mark.parametrize("place", ["out", "out/plain", "out/plain/page"])
@@ -409,6 +423,7 @@ def test_a_page_of_somebody_else_is_kept(run, tmp_path, picture):
     with pytest.raises(Occupied):
         run("plain", "-i", tmp_path / "x.png")
     assert (tmp_path / "out/index.html").read_text() == "my home page"
+    assert not (tmp_path / "out/plain").exists()
 
 
 @pytest.mark.parametrize(
@@ -460,7 +475,7 @@ def test_stopping_early_gives_that_stage(run, tmp_path, picture):
     run("plain", "-i", tmp_path / "x.png", "--stages", 2, show_dir="early")
     whole, early = tmp_path / "whole/plain/x_stage2.png", tmp_path / "early/plain/x.png"
     np.testing.assert_array_equal(read_image(whole), read_image(early))
-    assert page_facts(tmp_path / "early")["stages"] == 2
+    assert page_facts(tmp_path / "early/plain")["images"][0]["last"] == 2
 
 
 @pytest.mark.parametrize("stages", [0, 4, -1])
@@ -476,14 +491,14 @@ def test_scores_of_the_test_set_are_those_of_the_protocol(run, tmp_path, pairs):
     files = sorted((pairs / "test").iterdir())
     scored = score_pairs(network, files, torch.device("cpu"))
     table = np.array([pair.scores for pair in scored])  # (pairs, 1 + stages, METRICS)
-    images = page_facts(tmp_path / "out")["images"]
+    facts = page_facts(tmp_path / "out/plain")
+    images = sorted(facts["images"], key=lambda image: image["name"])
     shown = [[view["scores"] for view in image["views"][:4]] for image in images]
     np.testing.assert_allclose(shown, table[..., :2], atol=1e-4)
     psnr, ssim = table.mean(0)[[0, -1], :2].T
-    facts = page_facts(tmp_path / "out")
-    numbers = [float(word) for word in re.findall(r"-?\d+\.\d+", facts["summary"])]
-    assert numbers[1:] == pytest.approx([*psnr, *ssim], abs=0.006)
-    assert (facts["checkpoint"], facts["step"], facts["stages"]) == ("plain/best.pth", 7, 3)
+    for page in (facts, page_facts(tmp_path / "out")["pages"][0]):
+        assert [*page["psnr"], *page["ssim"]] == pytest.approx([*psnr, *ssim], abs=1e-3)
+    assert (images[0]["checkpoint"], images[0]["step"], images[0]["last"]) == ("plain/best.pth", 7, 3)
     assert [view["label"] for view in images[0]["views"]] == [
         "Input", "Stage 1", "Stage 2", "Stage 3", "Rain layer", "Ground truth"
     ]  # fmt: skip
@@ -495,8 +510,8 @@ def test_pairs_without_an_ssim_and_without_a_difference_are_scored(run, tmp_path
     write_image(tmp_path / "pairs/test/tiny.png", tiny)
     write_image(tmp_path / "pairs/test/same.png", same)
     assert run("still") == 0
-    by_name = {image["name"]: image["views"][1]["scores"] for image in page_facts(tmp_path / "out")["images"]}
-    assert by_name["same.png"] == [999.0, 1.0]
+    by_name = {image["name"]: image["views"][1]["scores"] for image in page_facts(tmp_path / "out/still")["images"]}
+    assert by_name["same.png"][1] == 1.0
     assert by_name["tiny.png"] == [pytest.approx(20 * np.log10(255 / 9), abs=1e-3), None]
 
 
@@ -505,9 +520,9 @@ def test_two_calls_write_the_same(run, tmp_path, picture):
     for show_dir in ("one", "two"):
         run("plain", "-i", tmp_path / "x.png", "--all-stages", show_dir=show_dir)
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
-    assert len(files) == 4 + 5 + 1
+    assert len(files) == 4 + 5 + 1 + 1 + 2  # results, previews, thumbnail, entry, pages
     for file in files:
-        if file.name != "index.html":  # it holds the seconds
+        if file.suffix in (".png", ".jpg"):  # the others hold times
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
@@ -518,76 +533,3 @@ def test_results_that_are_nearly_their_inputs_are_one_warning(run, pairs, monkey
     assert len(warnings) == 1
     run("plain")
     assert len(warnings) == 1
-
-
-# ---------------------------------------------------------------- the page
-
-
-def test_names_are_escaped_and_every_file_of_the_page_is_there(run, tmp_path, picture):
-    odd = ['a<b>&"x".png', "50%25 #1?.png", "</script><script>alert(1).png", "<!--<script>.png", "é 雨.png"]
-    for name in odd:
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / name.replace("/", "∕")).write_bytes(cv2.imencode(".png", picture(20, 20, 3))[1])
-    # A folder's name can hold the slash that a file's can't: `source` is the whole path.
-    inside = tmp_path / "x<" / "script><script>alert(1)/y.png"
-    write_image(inside, picture(20, 20, 3))
-    assert run("plain", "-i", tmp_path / "in", inside) == 0
-
-    tags = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append(tag)
-    parser.feed((tmp_path / "out/index.html").read_text(encoding="utf-8"))
-    assert tags.count("script") == 2  # the JSON and the program
-    images = page_facts(tmp_path / "out")["images"]
-    assert {image["name"] for image in images} == {name.replace("/", "∕") for name in odd} | {"y.png"}
-    assert all(path.is_file() for path in page_files(tmp_path / "out"))
-    for image in images:
-        assert not set(image["result"]) & set("<>\"'?# ")
-
-
-def test_the_page_asks_for_nothing_from_outside(run, tmp_path, picture):
-    write_image(tmp_path / "x.png", picture(20, 20, 3))
-    run("plain", "-i", tmp_path / "x.png")
-    text = (tmp_path / "out/index.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//[a-z]|@import|<script src|fetch\(|url\(", text)
-    assert re.findall(r'href="([^"]*)"', text) == ["data:,"]
-
-
-def test_a_new_page_leaves_no_previews_of_the_former_one(run, tmp_path, picture):
-    for size in (20, 30):
-        write_image(tmp_path / "x.png", picture(size, size, 3))
-        run("plain", "-i", tmp_path / "x.png")
-    previews = {path for path in (tmp_path / "out/page").rglob("*") if path.is_file()}
-    assert previews == {path for path in page_files(tmp_path / "out") if "page" in path.parts}
-    assert page_facts(tmp_path / "out")["images"][0]["width"] == 30
-
-
-def test_previews_are_small(tmp_path, picture):
-    gallery = show.Gallery(tmp_path)
-    image = cv2.resize(picture(20, 40, 3), (4000, 2000))
-    item = show.Restored(image, [image], None, [], 0.0, 0.0, Path("x.png"), {}, [])
-    entry = gallery.entry(1, item, Path("x.png"), "run/x.png")
-    paths = [tmp_path / view["url"] for view in entry["views"]]
-    assert {read_image(path).shape for path in paths} == {(800, 1600, 3)}
-    assert {path.suffix for path in paths} == {".jpg"}
-
-
-def test_the_rain_layer_is_made_visible_by_a_gain_that_clips_little(picture):
-    O = np.full((50, 50, 3), 100, np.uint8)
-    layer, gain = show.rain_layer(O, O - 20)
-    assert gain == 8
-    assert (layer == 160).all()
-    layer, gain = show.rain_layer(O, O + 20)  # brightened
-    assert (layer == 0).all()
-    layer, gain = show.rain_layer(np.full_like(O, 255), np.zeros_like(O))
-    assert gain == 1
-    assert (layer == 255).all()
-
-
-def test_previews_of_calls_that_were_killed_are_removed_with_the_last_page(tmp_path):
-    for name in ("1", "3", "notes"):
-        (tmp_path / "page" / name).mkdir(parents=True)
-    gallery = show.Gallery(tmp_path)
-    assert gallery.folder.name == "4"
-    gallery.write(images=[])
-    assert [path.name for path in (tmp_path / "page").iterdir()] == ["notes"]

@@ -1,0 +1,1 @@
+"""The pages that compare images before and after."""
