@@ -6,15 +6,16 @@ Exit status: 0 all converted; 1 some files left out, named in data_dir/convert_r
 completes an interrupted one.
 """
 
+import base.openmp  # noqa: F401
+
 import argparse
 import contextlib
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from base.console import Parser, in_terminal, log, run_script, set_up_log
+from base.console import Parser, Progress, log, run_script, set_up_log
 from base.errors import MissingFile, Occupied, UserError
 from base.files import ROOT, write_bytes
 from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8, write_image
@@ -73,10 +74,7 @@ def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) ->
             raise Occupied(f"{path} does not come from these files and options: choose another --data_dir")
 
     thumbs = defaultdict(dict)
-    bar = tqdm(todo, unit="pair", disable=not in_terminal(), leave=False)
-    for done, (split, pair, target, copied) in enumerate(bar):
-        if bar.disable and done % max(1, len(todo) // 10) == 0:
-            log.info(f"{done} of {len(todo)} pairs")
+    for split, pair, target, copied in Progress(todo, unit="pair"):
         try:
             clean, rainy = read_download(pair)
         except UserError as error:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from base.console import in_terminal, log
+from base.console import Progress, log
 from base.errors import BadArgument, Mismatch
 from base.files import ROOT
 from base.images import list_pairs, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
@@ -56,8 +55,7 @@ class CropDataset(Dataset):
         free = settings.cache_gib * 2**30
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
             images_of = pool.map(self._read, self.paths)
-            bar = tqdm(self.paths, "first scan", disable=not in_terminal(), leave=False)
-            for path, images in zip(bar, images_of, strict=True):
+            for path, images in zip(Progress(self.paths, "first scan", unit="image"), images_of, strict=True):
                 if excluded:
                     thumbs[path] = thumbnail(images[0])
                 free -= sum(image.nbytes for image in images)

@@ -4,6 +4,8 @@ python config/rain.py draw CLEAN PAIRS --style rain100h --count 5   writes joine
 python config/rain.py compare PAIRS --style rain100h                compares synthetic rain with real pairs, in figures
 """
 
+import base.openmp  # noqa: F401
+
 import argparse
 from collections import Counter
 from pathlib import Path

@@ -8,6 +8,8 @@ kept. JPEG and WebP are written at quality 95; scores are taken before. The page
 call's images; it is show.html with its facts as JSON. `python show.py -h` lists the settings.
 """
 
+import base.openmp  # noqa: F401
+
 import argparse
 import itertools
 import json
@@ -25,11 +27,9 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from base import ranks
-from base.console import in_terminal, log, run_script, set_up_log
+from base.console import Progress, in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
 from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
 from base.files import write_bytes
@@ -228,12 +228,15 @@ def _finite(score: float) -> float | None:
 
 def main(arguments: list[str]) -> int:
     parser = make_parser({name: FIELDS[name] for name in OPTIONS}, "Remove rain from images and make a page of them.")
-    parser.add_argument("-p", "--preset", help="open the run of this preset's name")
+    group = parser.add_argument_group("Model")
+    group.add_argument("-p", "--preset", help="open the run of this preset's name")
     text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; default: photographs"
-    parser.add_argument("-m", "--model", help=text)
-    parser.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
-    parser.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
-    parser.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
+    group.add_argument("-m", "--model", help=text)
+    group.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
+    group = parser.add_argument_group("Input")
+    group.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
+    group = parser.add_argument_group("Output")
+    group.add_argument("--all-stages", action="store_true", help="write every stage, as NAME_stage1 and so on")
     known, words = parser.parse_known_args(arguments)
     if words and not words[0].startswith("-"):
         raise BadArgument(f"{words[0]!r} stands alone: images are given with -i, settings as --name value")
@@ -263,9 +266,8 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     written = stage_num if known.all_stages else 0
     mine = ranks.share(list(enumerate(zip(paths, result_stems(paths, written), strict=True), 1)))
     results = []  # of each image an item and its entry in the page, or None where it was skipped
-    bar = tqdm(mine, unit="image", disable=not in_terminal(), dynamic_ncols=True)
-    with replaying(network, device), logging_redirect_tqdm([log] if in_terminal() else []):
-        for number, (path, stem) in bar:
+    with replaying(network, device):
+        for number, (path, stem) in Progress(mine, unit="image"):
             try:
                 item = derain(network, path, known.input is None, device, Restoring.of(settings), stage_num)
             except UserError as error:

@@ -407,13 +407,3 @@ def test_paths_start_at_the_working_directory(tmp_path, rain800, monkeypatch, ca
     assert run("rain800", rain800.name, "--val", 3, "--data_dir", "out") == 0
     assert [len(names_of(tmp_path / "out", split)) for split in ("train", "val", "test")] == [7, 3, 3]
     assert str(tmp_path / "out") in capsys.readouterr().out  # the next command
-
-
-def test_progress_is_logged_where_no_bar_is_shown(tmp_path, rain800, monkeypatch):
-    lines = {}
-    for terminal in (False, True):
-        written = lines[terminal] = []
-        monkeypatch.setattr(convert, "in_terminal", lambda terminal=terminal: terminal)
-        monkeypatch.setattr(convert.log, "info", written.append)
-        run("rain800", rain800, "--data_dir", tmp_path / str(terminal), "--val", 3)
-    assert len(lines[False]) - len(lines[True]) == 13
