@@ -16,7 +16,6 @@ import hashlib
 import math
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -119,7 +118,7 @@ def library() -> ctypes.CDLL | None:
 
     None, with a warning, where that fails.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    compiler = os.environ.get("CXX", "").split() or ["c++"]
     try:
         if platform.system() != "Linux":
             raise OSError(f"not on {platform.system()}")
