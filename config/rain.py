@@ -1,7 +1,7 @@
 """Synthetic rain on clean images, in styles fitted to the data sets of the paper.
 
-python config/rain.py draw CLEAN PAIRS --style rain100h --count 5   writes joined pairs for training
-python config/rain.py compare PAIRS --style rain100h                compares synthetic rain with real pairs, in figures
+python config/rain.py draw CLEAN PAIRS --count 5            # writes joined pairs for training
+python config/rain.py compare PAIRS --style rain100h        # compares synthetic rain with real pairs
 """
 
 import base.openmp  # noqa: F401
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     comparing = commands.add_parser("compare", help="print figures of real pairs and of synthetic rain on their B")
     comparing.add_argument("source", type=Path, metavar="PAIRS", help="a joined pair or a folder of joined pairs")
     for command in (drawing, comparing):
-        command.add_argument("--style", choices=STYLES, default="rain100h", help="default: %(default)s")
+        command.add_argument("--style", choices=STYLES, metavar="STYLE", default="rain100h", help=", ".join(STYLES))
         command.add_argument("--count", type=int, default=1, help="renderings per image; default: %(default)s")
         command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -33,7 +33,7 @@ from runs import checkpoints
 from runs.checkpoints import Checkpoint, Start
 from runs.optimization import can_record, compile_network, in_steps, make_optimizer
 from runs.restore import validate
-from settings import describe_settings
+from settings import FIELDS, describe_settings
 
 try:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -306,7 +306,8 @@ class Training:
         log.info(
             "\n".join(["settings that are not the defaults:", *(f"  {n} = {value}" for n, value in changed.items())])
         )
-        rows = (f"| {name} | {as_text(value)} |" for name, value in asdict(self.requested).items())
+        values = {**changed, **{name: as_text(getattr(self.requested, name)) for name in FIELDS}}
+        rows = (f"| {name} | {value} |" for name, value in values.items())
         self.curves.add_text(self.step, "settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
         if start.changes:
             log.info("changed since the checkpoint: " + ", ".join(start.changes))

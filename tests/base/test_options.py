@@ -5,6 +5,10 @@ import re
 
 import pytest
 
+import convert
+import main
+import rain
+import show
 from base.errors import BadArgument
 from base.options import SYNONYMS, find, make_parser, option, read_options
 from settings import FIELDS
@@ -64,3 +68,47 @@ def test_the_help_lists_an_option_in_the_group_of_arguments_of_that_title(capsys
         assert "-m" in model.splitlines()[1]
         assert "--flag true" in model.splitlines()[2]
         assert ("--rare" in data) == rare
+
+
+HELPS = [
+    *((main, ["-a", action, "-h", "all"]) for action in main.ACTIONS),
+    *(
+        (script, [*words, "-h"])
+        for script, words in ((main, []), (show, []), (convert, []), (rain, []), (rain, ["draw"]))
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "words"), HELPS)
+def test_the_help_is_at_most_100_columns_wide(script, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        script.main(words)
+    assert not end.value.code
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "has", "lacks"),
+    [
+        ("main -a train", "lr steps data_dir device accumulate", "show_dir"),
+        ("main -a test", "data_dir device precision memory_gib", "lr steps save_steps patch_size show_dir"),
+        ("main -a export", "run model_dir", "lr device data_dir channel"),
+        ("main -a tilt", "rain device", "lr steps channel"),
+        ("main -a tables", "jobs minutes write", "lr data_dir"),
+        ("show", "data_dir device mirror show_dir", "lr steps log_dir"),
+    ],
+)
+def test_a_help_lists_what_its_command_uses(words, has, lacks, capsys):
+    script, *arguments = words.split()
+    with pytest.raises(SystemExit):
+        {"main": main, "show": show}[script].main([*arguments, "-h"])
+    listed = {*re.findall(r"^  --(\w+) ", capsys.readouterr().out, re.MULTILINE)}
+    assert {*has.split()} <= listed
+    assert not {*lacks.split()} & listed
+
+
+def test_each_action_is_explained():
+    assert all(
+        re.search(rf"^    -a {action} .*main\.py -a {action}", main.__doc__, re.MULTILINE) for action in main.ACTIONS
+    )
