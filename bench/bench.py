@@ -28,6 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
+import base.openmp  # noqa: F401
+
 import torch
 
 import report

@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
+import base.openmp  # noqa: F401
+
 import report
 from base.console import Parser, run_script
 from base.errors import BadArgument, LostProcess

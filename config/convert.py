@@ -8,6 +8,8 @@ clean images with equal names is told by their contents. Exit status: 0 all conv
 data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
 """
 
+import base.openmp  # noqa: F401
+
 import argparse
 import contextlib
 from collections import defaultdict

@@ -1,20 +1,23 @@
-"""Train a network, test it, export its weights, or list the presets.
+"""Train and test networks for rain removal.
 
-    python main.py -a train -p sdsen --data_dir DATA
-    python main.py -a test -p sdsen
-    python main.py -a export -m sdsen --run NAME
-    python main.py -a models
-    python main.py -a tables --run dsen_rain800
-    python main.py -a tilt -m cnn dsen
+    -a train    start or resume a training              main.py -a train -p sdsen --data_dir DATA
+    -a test     score a run or weights on the test set  main.py -a test -m RUN --data_dir DATA
+    -a export   write a run's weights as one file       main.py -a export -m RUN --run NAME
+    -a models   list the presets                        main.py -a models
+    -a tables   train the rows of the paper's tables    main.py -a tables --run dsen_rain800
+    -a tilt     PSNR by the angle of the rain           main.py -a tilt -m RUN RUN --rain rain800
 
-`python main.py -h` lists the settings.
+Settings are given as --name value. `main.py -a ACTION -h` lists those of an action.
 """
+
+import base.openmp  # noqa: F401
 
 import csv
 import io
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,11 @@ from tqdm import tqdm
 import losses
 import model
 from base import ranks
-from base.console import Interrupt, in_terminal, log, run_script, set_up_log
+from base.console import Interrupt, log, run_script, set_up_log
 from base.devices import autocast, pick_device
 from base.errors import BadArgument
 from base.files import write_bytes
+from base.options import make_parser
 from cal_ssim import METRICS
 from dataset import data_path, list_pairs
 from datasets.loader import training_batches
@@ -41,7 +45,7 @@ from runs.checkpoints import choose_start, export
 from runs.optimization import Outcome, learning_rate, split_batch, step_scores, synchronized
 from runs.restore import NEARLY_INPUT, Restoring, open_network, score_pairs
 from runs.training import Training
-from settings import Settings, make_parser, read_overrides
+from settings import FIELDS, NETWORK_FIELDS, Settings, read_overrides
 
 
 def add_gradients(
@@ -160,13 +164,10 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Non
     folder, device = data_path(settings) / "test", pick_device(settings.device)
     paths = list_pairs(folder)
     log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {device}")
-    rows, total = [], len(ranks.share(paths))
-    pairs = score_pairs(network, paths, device, Restoring.of(settings))
-    for pair in tqdm(pairs, total=total, unit="image", disable=not in_terminal(), dynamic_ncols=True):
+    rows = []
+    for pair in score_pairs(network, paths, device, Restoring.of(settings)):
         change = (pair.restored[-1].float() - pair.O.float()).abs().mean().item()
         rows.append((pair.path.name, *pair.O.shape[1:], change, pair.scores))
-        if not in_terminal() and len(rows) % 20 == 0:
-            log.info(f"{len(rows)} of {total} images")
     rows = ranks.gather(rows)
     if not ranks.is_first():
         return
@@ -207,7 +208,15 @@ def models() -> None:
         log.info(form.format(name, *costs, preset.row))
 
 
-ACTIONS = ("train", "test", "export", "models", "tables", "tilt")
+_TESTED = "data_dir run model_dir log_dir mirror log_level device precision memory_gib cuda_graphs".split()
+ACTIONS: dict[str, Iterable[str]] = {  # and the settings that its help lists
+    "train": [name for name in FIELDS if name != "show_dir"],
+    "test": [*NETWORK_FIELDS, *_TESTED],
+    "export": ["run", "model_dir", "log_level"],
+    "models": [],
+    "tables": [],  # see paper/command.py
+    "tilt": ["rain", "seed", *_TESTED],
+}
 
 
 def check_arguments(action: str, preset: str | None, names: list[str], words: list[str]) -> None:
@@ -221,16 +230,15 @@ def check_arguments(action: str, preset: str | None, names: list[str], words: li
 
 
 def main(arguments: list[str]) -> int:
-    parser = make_parser("Train, test and export networks, list presets, run the paper's tables.")
-    text = (
-        "export: weights as one file; models: list presets; tables: see -a tables -h; tilt: PSNR by angle of the rain"
-    )
-    parser.add_argument("-a", "--action", required=True, choices=ACTIONS, help=text)
-    parser.add_argument("-p", "--preset", help="a row of a paper's table (list: -a models); default: sdsen")
-    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; several: tilt, export"
-    parser.add_argument("-m", "--model", nargs="+", help=text)
     if "tables" in arguments and {"-h", "--help"} & set(arguments):
         return command.main(["--help"])
+    shown = next((names for action, names in ACTIONS.items() if action in arguments), FIELDS)
+    parser = make_parser({name: FIELDS[name] for name in FIELDS if name in shown}, __doc__)
+    parser.add_argument("-a", "--action", required=True, choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
+    group = parser.add_argument_group("Model")
+    group.add_argument("-p", "--preset", help="a row of a paper's table (list: -a models); default: sdsen")
+    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; several: tilt, export"
+    group.add_argument("-m", "--model", nargs="+", help=text)
     known, words = parser.parse_known_args(arguments)
     names = known.model or []
     check_arguments(known.action, known.preset, names, words)

@@ -1,9 +1,11 @@
 """Synthetic rain on clean images, in styles fitted to the data sets of the paper.
 
-python config/rain.py draw CLEAN DATA --style rain100h --count 5   makes a data set: DATA/train, val and test
-python config/rain.py draw CLEAN DATA/train                        makes one folder of joined pairs
-python config/rain.py compare PAIRS --style rain100h               compares synthetic rain with real pairs, in figures
+python config/rain.py draw CLEAN DATA --count 5         # makes a data set: DATA/train, val and test
+python config/rain.py draw CLEAN DATA/train             # makes one folder of joined pairs
+python config/rain.py compare PAIRS --style rain100h    # compares synthetic rain with real pairs, in figures
 """
+
+import base.openmp  # noqa: F401
 
 import argparse
 from collections import Counter, defaultdict
@@ -105,7 +107,7 @@ def main(arguments: list[str]) -> None:
     comparing = commands.add_parser("compare", help="print figures of real pairs and of synthetic rain on their B")
     comparing.add_argument("source", type=Path, metavar="PAIRS", help="a joined pair or a folder of joined pairs")
     for command in (drawing, comparing):
-        command.add_argument("--style", choices=STYLES, default="rain100h", help="default: %(default)s")
+        command.add_argument("--style", choices=STYLES, metavar="STYLE", default="rain100h", help=", ".join(STYLES))
         command.add_argument("--count", type=int, default=1, help="renderings per image; default: %(default)s")
         command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -22,11 +22,12 @@ from networks.coarse2fine import Coarse2FineSettings
 from networks.php import PHPSettings
 from synthesis.styles import STYLES
 
-_network = partial(option, group="Network")
+_network = partial(option, group="Model")
 _data = partial(option, group="Data")
 _training = partial(option, group="Training")
 _advanced = partial(_training, usual=False)
-_run = partial(option, group="Files and devices")
+_output = partial(option, group="Output")
+_hardware = partial(option, group="Hardware")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Settings(Coarse2FineSettings, PHPSettings):
     )
     patch_size: int = _data(64, "side of the training crops, pixels (paper: 64)", minimum=1)
     batch_size: int = _data(64, "crops per step (paper: 64)", minimum=1)
-    num_workers: int = _data(-1, "processes that prepare crops; 0: a thread; -1: automatic", minimum=-1, usual=False)
-    cache_gib: float = _data(16.0, "memory for decoded training images, GiB", minimum=0, usual=False)
+    num_workers: int = _hardware(
+        -1, "processes that prepare crops; 0: a thread; -1: automatic", minimum=-1, usual=False
+    )
+    cache_gib: float = _hardware(16.0, "memory for decoded training images, GiB", minimum=0, usual=False)
 
     steps: int = _training(20000, "training steps (paper: learning rate falls at 15000 and 17500)", minimum=1)
     epochs: int = _advanced(0, "length in epochs, which milestones then count too; 0: use steps", minimum=0)
@@ -82,27 +85,33 @@ class Settings(Coarse2FineSettings, PHPSettings):
         "all", "all: sum over the stages (paper); last: the last stage alone", choices=("all", "last")
     )
     average: float = _training(0.0, "decay of the weights' moving average, which is then tested; 0: off", minimum=0)
-    accumulate: int = _training(1, "parts in which a batch is computed: same gradients, less memory", minimum=1)
-    checkpoint_activations: bool = _advanced(False, "recompute activations for the gradients: less memory, more time")
-    compile: str = _advanced("auto", "torch.compile; auto: long trainings on a CUDA GPU", choices=("on", "off"))
-    cuda_graphs: str = _advanced("auto", "replay steps, and images of one size, as CUDA graphs", choices=("on", "off"))
+    accumulate: int = _hardware(1, "parts in which a batch is computed: same gradients, less memory", minimum=1)
+    checkpoint_activations: bool = _hardware(
+        False, "recompute activations for the gradients: less memory, more time", usual=False
+    )
+    compile: str = _hardware(
+        "auto", "torch.compile; auto: long trainings on a CUDA GPU", choices=("on", "off"), usual=False
+    )
+    cuda_graphs: str = _hardware(
+        "auto", "replay steps, and images of one size, as CUDA graphs", choices=("on", "off"), usual=False
+    )
     seed: int = _training(0, "seed of the initial weights, the crops and their rain", minimum=0)
     val_images: int = _advanced(10, "validation pairs, spread over val; 0: all", minimum=0)
     log_steps: int = _advanced(50, "steps between log lines and points of the curves", minimum=1)
     save_steps: int = _training(500, "steps between validations, each with a checkpoint step_N", minimum=1)
     save_minutes: float = _advanced(5.0, "minutes after which latest.pth is also written", minimum=0)
 
-    run: str = _run("", "name of the run's folders in model_dir, log_dir and show_dir; empty: the preset")
-    model_dir: str = _run("models", "folder of the checkpoints", path=True)
-    log_dir: str = _run("logdir", "folder of TensorBoard events, logs and scores", path=True)
-    show_dir: str = _run("showdir", "folder of the restored images and the gallery", path=True)
-    device: str = _run("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
-    precision: str = _run(
+    run: str = _output("", "name of the run's folders in model_dir, log_dir and show_dir; empty: the preset")
+    model_dir: str = _output("models", "folder of the checkpoints", path=True)
+    log_dir: str = _output("logdir", "folder of TensorBoard events, logs and scores", path=True)
+    show_dir: str = _output("showdir", "folder of the restored images and the gallery", path=True)
+    device: str = _hardware("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
+    precision: str = _hardware(
         "auto", "auto: CUDA GPUs train in bf16, test in fp16; else float32", choices=("float32", "bf16", "fp16")
     )
-    memory_gib: float = _run(0.0, "limit on the memory when restoring, GiB (CPU); 0: what is free", minimum=0)
-    mirror: bool = _run(False, "average with the restored mirror image: twice the time, a little better")
-    log_level: str = _run(
+    memory_gib: float = _hardware(0.0, "limit on the memory when restoring, GiB (CPU); 0: what is free", minimum=0)
+    mirror: bool = _output(False, "average with the restored mirror image: twice the time, a little better")
+    log_level: str = _output(
         "info", "lowest level of printed messages", choices=("debug", "info", "warning", "error"), usual=False
     )
 
@@ -116,9 +125,8 @@ class Settings(Coarse2FineSettings, PHPSettings):
 
 
 FIELDS = options.read_options(Settings)
-NETWORK_FIELDS = [name for name, field in FIELDS.items() if field.group.startswith("Network")]  # what fixes the network
+NETWORK_FIELDS = [name for name, field in FIELDS.items() if field.group.startswith("Model")]  # what fixes the network
 read_overrides = partial(options.read_words, FIELDS)  # settings of a command line, `--name value`
-make_parser = partial(options.make_parser, FIELDS)  # whose help lists the settings
 
 
 def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
@@ -181,6 +189,8 @@ def from_dict(values: dict[str, Any]) -> Settings:
     return override(Settings(), known)
 
 
-def describe_settings(settings: Settings) -> str:
-    """The settings as lines of `name = value`."""
-    return "\n".join(f"  {name} = {options.as_text(getattr(settings, name))}" for name in FIELDS)
+def describe_settings(settings: Settings) -> dict[str, str]:
+    """The settings that differ from the defaults, as text."""
+    usual = override(Settings(), {})
+    changed = [name for name in FIELDS if getattr(settings, name) != getattr(usual, name)]
+    return {name: options.as_text(getattr(settings, name)) for name in changed}

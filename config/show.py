@@ -8,6 +8,8 @@ bits, EXIF and the colour profile are kept. JPEG, WebP and AVIF are written at q
 page, `showdir/RUN/index.html`, compares all images there. `python show.py -h` lists the settings.
 """
 
+import base.openmp  # noqa: F401
+
 import argparse
 import itertools
 import logging

@@ -1,5 +1,7 @@
 """Fixtures: small data sets in memory or in a temporary folder, and the devices that there are."""
 
+import base.openmp  # noqa: F401
+
 from pathlib import Path
 
 import cv2

@@ -1,5 +1,6 @@
 """The benchmark: the plain reference has the published outputs, the networks agree with it, and both are measured."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import bench
+import busy
 import convolutions
 import model
 import reference
@@ -323,6 +325,36 @@ def test_gpu_script_goes_on_where_every_part_fails(tmp_path):
     lines = done.stdout.splitlines()
     assert sum(line.startswith("| ") and "| - |" in line for line in lines) == len(report.TARGETS)
     assert (tmp_path / "gpu.log").read_text() == done.stdout
+
+
+@pytest.mark.slow
+def test_ways_to_wait_are_measured_beside_busy_processes(tmp_path):
+    path = tmp_path / "numbers.json"
+    busy.main(["--rehearse", "--busy", "1", "--repeats", "2", "--json", str(path)])
+    [numbers] = report.read(path).values()
+    assert list(numbers) == ["here", "default"]
+    for found in numbers.values():
+        assert [len(found[task]["seconds"]) for task in busy.TASKS] == [2, 2]
+
+
+def test_each_way_to_wait_has_its_variables_alone(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    kept = busy.environment("here")
+    assert not kept.keys() & busy.VARIABLES
+    assert busy.environment("GOMP_SPINCOUNT=7") == {**kept, "GOMP_SPINCOUNT": "7"}
+    assert busy.environment("OMP_NUM_THREADS=1") == {**kept, "OMP_NUM_THREADS": "1"}
+    assert busy.environment("default").keys() & busy.VARIABLES  # so that base/openmp.py does not choose
+
+
+def test_a_worker_that_ends_is_reported():
+    with pytest.raises(LostProcess), contextlib.ExitStack() as stack:
+        busy.ask(busy.start(stack, "-c", "input()"), "training")
+
+
+@pytest.mark.parametrize("arguments", [["--busy", "-1"], ["--repeats", "0"], ["--ways", "passive"]])
+def test_ways_that_are_not_possible(arguments):
+    with pytest.raises(BadArgument):
+        busy.main(arguments)
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--repeats", "0"], ["--device", "tpu"], ["--what"]])

@@ -129,7 +129,7 @@ def test_validation_scores_are_those_of_test(places, tmp_path):
     for stage in (1, 2):
         for metric in ("psnr", "ssim"):
             mean = np.mean([float(row[f"{metric}_stage_{stage}"]) for row in rows])
-            assert curves[f"val/stage_{stage}/{metric}"][-1][1] == pytest.approx(mean, abs=1e-4)
+            assert curves[f"val_stages/{metric}_{stage}"][-1][1] == pytest.approx(mean, abs=1e-4)
 
 
 def test_test_scores_the_image_that_would_be_saved(places, tmp_path, monkeypatch):

@@ -9,13 +9,13 @@ import model
 import settings as settings_module
 from base.errors import BadArgument
 from base.files import ROOT
+from base.options import make_parser
 from presets import PRESETS
 from settings import (
     FIELDS,
     NETWORK_FIELDS,
     Settings,
     from_dict,
-    make_parser,
     override,
     read_overrides,
     resolve,
@@ -186,7 +186,7 @@ def test_stored_values_of_other_versions(monkeypatch):
 def test_help_lists_the_usual_settings_or_all(monkeypatch, capsys, words, lines):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as end:
-        make_parser("").parse_args(words)
+        make_parser(FIELDS, "").parse_args(words)
     assert end.value.code == 0
     text = capsys.readouterr().out
     shown = {name for name in FIELDS if f"\n  --{name} " in text}

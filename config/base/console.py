@@ -1,13 +1,16 @@
 """What every script needs on the command line: an argument parser, the log, Ctrl-C and exit statuses."""
 
 import argparse
+import io
 import logging
 import math
 import os
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -16,13 +19,17 @@ from base.errors import BadArgument, UserError
 from base.files import ROOT
 
 log = logging.getLogger("sdsen")
+WIDTH = 100  # of the help, columns
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises BadArgument and takes no abbreviations."""
+    """An argument parser that raises BadArgument and takes no abbreviations. Indented lines of its description stay."""
 
-    def __init__(self, **keywords: Any):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
+    def __init__(self, description: str = "", **keywords: Any):
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=25, width=WIDTH)
+        parts = (part if "\n  " in f"\n{part}" else textwrap.fill(part, WIDTH) for part in description.split("\n\n"))
+        keywords = {"formatter_class": formatter, "allow_abbrev": False, **keywords}
+        super().__init__(description="\n\n".join(parts), **keywords)
 
     def error(self, message: str) -> NoReturn:
         raise BadArgument(f"{message} (see {self.prog} --help)")
@@ -30,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 def set_up_log(level: str = "info") -> None:
     """Print the program's log on standard output from `level` up; of ranks after the first only from warnings up."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = LogHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(f"{_rank_prefix()}%(message)s"))
     handler.setLevel(logging.WARNING if _rank_prefix() else logging.DEBUG)
     log.handlers = [handler]
@@ -56,6 +63,14 @@ def command_line(script: str, *words: str) -> str:
     return shlex.join(["python", min(os.path.relpath(path), path, key=len), *words])
 
 
+class LogHandler(logging.StreamHandler):
+    """Writes lines above the progress bars that a terminal shows."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 class Progress(tqdm):
     """A bar in a terminal; elsewhere a line of the log every `EVERY` seconds. Ranks after the first show neither.
 
@@ -66,7 +81,7 @@ class Progress(tqdm):
 
     def __init__(self, iterable: Iterable | None = None, desc: str = "", total: float | None = None, **keywords: Any):
         self.in_lines = not in_terminal()
-        wait = {"delay": self.EVERY, "mininterval": self.EVERY} if self.in_lines else {}
+        wait = {"delay": self.EVERY, "mininterval": self.EVERY, "file": io.StringIO()} if self.in_lines else {}
         keywords = {"leave": False, "dynamic_ncols": True, **keywords, **wait}
         super().__init__(iterable, desc, total, miniters=0, disable=bool(_rank_prefix()), **keywords)
 
@@ -76,7 +91,7 @@ class Progress(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self.in_lines:
             super().display(msg, pos)
-        elif msg is None and 0 < self.n < (self.total or math.inf):
+        elif msg is None and 0 < round(self.n, 6) < (self.total or math.inf):
             of = f" of {self.total}" if self.total else ""
             done = f"{self.n:.0%}" if isinstance(self.total, float) else f"{self.n}{of} {self.unit}s"
             left = self.format_dict["elapsed"] * ((self.total or self.n) / self.n - 1)

@@ -11,12 +11,41 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from base.console import Parser
+from base.console import WIDTH, Parser
 from base.errors import BadArgument
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 VALUES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-WIDTH, INDENT = 100, 25  # of the help, columns
+INDENT = 25  # of the texts in the help, columns
+NEAR = 0.7  # similarity of a mistyped word, of at most 1
+FEW = 10  # choices that an error lists
+SYNONYMS = {  # names that settings, and argument -m, have in other programs
+    "m": "checkpoint ckpt resume resume_from pretrained weights load model_path",
+    "lr": "learning_rate rate",
+    "steps": "iterations iters iter niter num_iter max_iter max_steps",
+    "epochs": "epoch num_epochs max_epochs",
+    "batch_size": "bs batch",
+    "patch_size": "size crop crop_size image_size img_size",
+    "data_dir": "data dataset data_path dataroot root train_dir test_dir",
+    "aug_data": "aug augment augmentation",
+    "optimizer": "optim",
+    "schedule": "scheduler lr_scheduler",
+    "clip_norm": "clip clip_grad grad_clip max_grad_norm",
+    "average": "ema ema_decay",
+    "save_steps": "save_every save_freq val_steps eval_steps",
+    "log_steps": "log_every print_freq",
+    "stage_num": "stages num_stages",
+    "channel": "channels width",
+    "depth": "layers num_layers",
+    "device": "gpu gpus gpu_id gpu_ids cuda cpu",
+    "precision": "fp16 bf16 half amp dtype",
+    "num_workers": "workers",
+    "memory_gib": "memory tile tile_size",
+    "mirror": "tta self_ensemble",
+    "show_dir": "output output_dir out out_dir result_dir results",
+    "run": "name exp exp_name experiment",
+    "log_level": "verbose quiet",
+}
 
 
 def option(default: Any, text: str, **details: Any) -> Any:
@@ -100,33 +129,45 @@ def read_words(options: dict[str, Option], words: Iterable[str]) -> dict[str, An
 
 
 def find(options: dict[str, Option], name: str) -> Option:
-    """The option of that name. Raises BadArgument, which names the nearest."""
-    if name not in options:
-        raise BadArgument(f"unknown setting --{name}{nearest(f'--{name}', [f'--{known}' for known in options])}")
-    return options[name]
+    """The option of that name. Raises BadArgument, which names one of a like meaning, or else a like spelling."""
+    if name in options:
+        return options[name]
+    plain = name.lower().replace("-", "_")
+    meant = [here for here, elsewhere in SYNONYMS.items() if plain in elsewhere.split() and here in ("m", *options)]
+    meant = meant or difflib.get_close_matches(plain, options, 1, NEAR)
+    hint = f"; did you mean {'-m' if meant[0] == 'm' else f'--{meant[0]}'}?" if meant else "; -h all lists all"
+    raise BadArgument(f"unknown setting --{name}{hint}")
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of an error about an unknown word: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(str(word), list(known), 1, 0.5)
-    return f"; the nearest is {close[0]}" if close else f"; there are {', '.join(filter(None, known))}"
+    """The end of an error about an unknown word: the nearest known one, or all if they are few."""
+    known = list(filter(None, known))
+    close = difflib.get_close_matches(str(word), known, 1, NEAR)
+    return f"; the nearest is {close[0]}" if close else f"; there are {', '.join(known)}" if len(known) <= FEW else ""
 
 
 def as_text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def make_parser(options: dict[str, Option], description: str) -> Parser:
-    """A parser whose help lists options, `-h` the usual and `-h all` all of them; it does not read them."""
+    """A parser whose help lists options, `-h` the usual and `-h all` all of them; it does not read them.
+
+    An option's group is listed with the parser's own group of that title.
+    """
 
     class Help(argparse.Action):
         def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
-            print(parser.format_help())
+            sections = {text.partition("\n")[0]: text for text in parser.format_help().rstrip().split("\n\n")}
             shown = [each for each in options.values() if each.usual or values == "all"]
-            for group in dict.fromkeys(each.group for each in shown):
-                print(f"{group}:", *(each.help() for each in shown if each.group == group), sep="\n")
-            if len(shown) < len(options):
-                print(f"{len(options) - len(shown)} more settings: -h all. A setting is changed by --name value.")
+            for each in shown:
+                title = f"{each.group}:"
+                sections[title] = f"{sections.get(title, title)}\n{each.help()}"
+            more = [f"{len(options) - len(shown)} more settings: -h all"] if len(shown) < len(options) else []
+            print("\n\n".join([*sections.values(), *more]))
             parser.exit()
 
     parser = Parser(description=description, add_help=False)

@@ -4,7 +4,7 @@ Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016. 
 product of polynomials, which its values at enough points determine: eight points for five filter taps and four outputs.
 So a tile of 4x4 outputs needs an 8x8 window of the input. Sums take the window to its values at the 64 pairs of points,
 64 matrix products over the channels apply the filters, and sums lead back to the tile. winograd.cpp does all this; the
-machine's C++ compiler builds it at the first use.
+machine's C++ compiler builds it at the first use (`library`).
 
 A band is the memory layout that strips.py keeps image rows in: (rows, 4, tiles + 2, C), that is, place within the tile,
 tile, channel, with a tile of zeros at either end.
@@ -16,16 +16,17 @@ import hashlib
 import math
 import os
 import platform
-import shlex
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base import ranks
 from base.console import log
 
 SOURCE = Path(__file__).with_name("winograd.cpp")
@@ -58,7 +59,6 @@ def _run(*command: str) -> bytes:
 
 def _compile(compiler: Sequence[str], file: Path) -> None:
     """Write the library `file`, all at once, so that no other process sees half of it."""
-    file.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         part, whole = (str(Path(folder) / name) for name in ("winograd.o", "winograd.so"))
         # Linked without -fopenmp: PyTorch has loaded its own OpenMP, whose threads are used.
@@ -68,28 +68,68 @@ def _compile(compiler: Sequence[str], file: Path) -> None:
         os.replace(whole, file)
 
 
+def _folders() -> Iterator[Path]:
+    """Where the library may be kept: beside the source, in the user's cache, or until the process ends."""
+    yield SOURCE.parent / "__pycache__"
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if os.path.isabs(cache):
+        yield Path(cache, "sdsen")
+    with tempfile.TemporaryDirectory(prefix="sdsen-") as folder:  # a loaded library needs no file any more
+        yield Path(folder)
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise OSError if somebody could put a library into `folder` who can't change the source either."""
+    status, source = folder.stat(), SOURCE.parent.stat()
+    if status.st_uid not in (os.getuid(), source.st_uid, 0) or status.st_mode & 0o022 & ~source.st_mode:
+        raise OSError(f"{folder} can be written by others")
+
+
+def _find_or_compile(compiler: Sequence[str]) -> ctypes.CDLL:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line for line in cpuinfo if line.lower().startswith(("flags", "features"))), "")
+    words = "\0".join((*compiler, *FLAGS, processor)).encode()
+    key = hashlib.sha256(SOURCE.read_bytes() + words + _run(*compiler, "--version")).hexdigest()[:16]
+    failed = []
+    for folder in _folders():
+        file = folder / f"winograd-{key}.so"
+        try:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _check_owner(folder)
+            if not file.exists():
+                _compile(compiler, file)
+            return ctypes.CDLL(str(file))
+        except OSError as error:  # not writable, or its file system runs no programs
+            failed.append(str(error))
+    raise OSError("; ".join(failed))
+
+
+def _reason(error: Exception, compiler: Sequence[str]) -> str:
+    """Why there is no library, in one line."""
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C++ compiler {compiler[0]}: install one (apt install g++), or name one with CXX"
+    lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[-1] if lines else str(error))
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, kept in __pycache__; None, logged, where compiler CXX (c++ by default) cannot build it."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    """The library that compiler CXX (default: c++) makes of the source, kept in one of `_folders`.
+
+    None, with a warning, where that fails.
+    """
+    compiler = os.environ.get("CXX", "").split() or ["c++"]
     try:
         if platform.system() != "Linux":
             raise OSError(f"not on {platform.system()}")
-        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line for line in cpuinfo if line.lower().startswith(("flags", "features"))), "")
-        words = "\0".join((*compiler, *FLAGS, processor)).encode()
-        key = hashlib.sha256(SOURCE.read_bytes() + words + _run(*compiler, "--version")).hexdigest()[:16]
-        file = SOURCE.parent / "__pycache__" / f"winograd-{key}.so"
-        if not file.exists():
-            _compile(compiler, file)
-        loaded = ctypes.CDLL(str(file))
-        loaded.convolve.argtypes = [_IMAGES, _INT, _IMAGES, _INT, _INT, _MEMORY, _MEMORY, _INT]
-        loaded.matrices_gradient.argtypes = [_IMAGES, _INT, _IMAGES, _INT, _MEMORY, _INT]
-        return loaded
+        loaded = _find_or_compile(compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        log.info(f"convolutions on the CPU are slower without {SOURCE.name} compiled by {compiler[0]}: {error}")
-        log.debug(getattr(error, "stderr", None))
+        say = log.warning if ranks.is_first() else log.debug
+        say(f"warning: convolutions on the CPU are slower without compiled {SOURCE.name}: {_reason(error, compiler)}")
         return None
+    loaded.convolve.argtypes = [_IMAGES, _INT, _IMAGES, _INT, _INT, _MEMORY, _MEMORY, _INT]
+    loaded.matrices_gradient.argtypes = [_IMAGES, _INT, _IMAGES, _INT, _MEMORY, _INT]
+    return loaded
 
 
 def convolve(

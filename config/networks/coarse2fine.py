@@ -27,7 +27,7 @@ VGG_CHANNELS = (64, 64, 0, 128, 128, 0, 256, 256, 256)  # of VGG-16's convolutio
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for the weights
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of VGG's input, RGB
 
-_network = partial(option, group="Network coarse2fine", usual=False)
+_network = partial(option, group="Model coarse2fine", usual=False)
 _loss = partial(option, group="Loss coarse2fine", usual=False, path=True)
 
 

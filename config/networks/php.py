@@ -70,7 +70,7 @@ class ContrastAwarePooling(nn.Module):
 
 POOLINGS = {"contrast": ContrastAwarePooling, "max": partial(nn.MaxPool2d, STRIDE), "none": lambda: None}
 
-_network = partial(option, group="Network php", usual=False)
+_network = partial(option, group="Model php", usual=False)
 _loss = partial(option, group="Loss php", usual=False, minimum=0)
 
 

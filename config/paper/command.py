@@ -28,6 +28,7 @@ from settings import FIELDS, NETWORK_FIELDS, read_overrides, resolve
 
 POLL = 0.2  # seconds between two looks at the processes
 PACK_SECONDS = 60  # at least, between two archives of running trainings
+SHOW_SECONDS = 300  # between two lines about what runs
 
 
 def main(words: list[str]) -> int:
@@ -149,7 +150,7 @@ def run_rows(runs: list[Run], at_once: int, minutes: float, archive: Path | None
     log.info(f"{len(runs) - len(waiting)} of {len(runs)} rows have their result")
     jobs: list[Job] = []
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
-    stopping, written = False, float("-inf")
+    stopping, written, shown = False, float("-inf"), time.monotonic()
     with Interrupt() as stop:
         while jobs or (waiting and not stopping):
             if not stopping and (stop.requested or time.monotonic() > end):
@@ -167,6 +168,9 @@ def run_rows(runs: list[Run], at_once: int, minutes: float, archive: Path | None
                     pack(archive, packed)
                 except NotWritable as error:  # the trainings run on, and the next minute tries again
                     log.warning(str(error))
+            if time.monotonic() - shown > SHOW_SECONDS:
+                shown = time.monotonic()
+                log.info("; ".join(f"{job.action} {job.run.name}: {_progress(job.run)}" for job in jobs))
             for job in [job for job in jobs if job.process.poll() is not None]:
                 jobs.remove(job)
                 if finish(job, stopping):

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from base import ranks
-from base.console import log
+from base.console import Progress, log
 from base.devices import pick_device
 from base.errors import MissingFile
 from base.files import ROOT
@@ -80,7 +80,8 @@ def measure(names: list[str], overrides: dict[str, Any]) -> None:
         curves[INPUT].append(_mean_psnr(pairs))
         for run, network, own, _, _ in opened:
             with replaying(network, device):
-                restored = [(restore_8bit(network, O, device, Restoring.of(own))[-1], B) for O, B in pairs]
+                shown = Progress(pairs, f"{run} at {angle} degrees", unit="image")
+                restored = [(restore_8bit(network, O, device, Restoring.of(own))[-1], B) for O, B in shown]
             curves[run].append(_mean_psnr(restored))
         log.info(f"{angle:+4d} degrees: " + ", ".join(f"{run} {psnr[-1]:.2f} dB" for run, psnr in curves.items()))
     runs = {

@@ -12,11 +12,10 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import model
 from base import ranks
-from base.console import in_terminal, log
+from base.console import Progress, log
 from base.devices import autocast, compute_dtype, pick_device
 from cal_ssim import METRICS, scores, to_8bit
 from dataset import read_whole
@@ -28,8 +27,9 @@ from settings import Settings, override, resolve
 # Settings that are the command's, not those of the training that the checkpoint records.
 COMMAND_FIELDS = ("model_dir", "log_dir", "show_dir", "device", "precision", "cuda_graphs", "mirror")
 NEARLY_INPUT = 0.5  # levels of 255; a result whose mean change is below has lost hardly any rain
-PREVIEW_SIDE = 320  # of each image in the picture of a validation, pixels
-BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+PREVIEW_SIDE, PREVIEW_COLUMNS = 320, 4  # of the picture of a validation: pixels of an image, images in a row
+BAND = 20  # above each image, for its name, pixels
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 class Opened(NamedTuple):
@@ -86,10 +86,10 @@ DEFAULT = Restoring()
 def restore(network: nn.Module, O: Tensor, how: Restoring = DEFAULT, stage_num: int | None = None) -> Iterator[Tensor]:
     """One rainy image `O` (3, H, W) in [0, 1] -> O - R_t, (3, H, W) in [0, 1], after each stage t.
 
-    `stage_num` stops after so many stages. An image whose activations leave float16's range is computed in float32. In
-    a terminal, a bar shows the progress of an image that takes long.
+    `stage_num` stops after so many stages. An image whose activations leave float16's range is computed in float32. The
+    progress of an image that takes long is shown.
     """
-    bar = tqdm(total=1.0, delay=3, leave=False, disable=not in_terminal(), bar_format=BAR, dynamic_ncols=True)
+    bar = Progress(desc="this image", total=1.0, delay=3, bar_format=BAR)
     stages_of = partial(_with_mirror if how.mirror else rain_layers, network, O, stage_num, how.memory_gib, bar.update)
     stages = stages_of()
     precision, half = how.precision, compute_dtype(how.precision, O.device) == torch.float16
@@ -144,7 +144,7 @@ def score_pairs(
     network.eval()
     try:
         with replaying(network, device):
-            for path in ranks.share(paths):
+            for path in Progress(ranks.share(paths), unit="image"):
                 O, B = (image.to(device) for image in read_whole(path))
                 restored = restore_8bit(network, O, device, how)
                 rows = [scores(image, B) for image in (O, *restored)]
@@ -164,7 +164,8 @@ def validate(
     preview, rows = None, []
     for pair in score_pairs(network, paths, device, Restoring.of(settings)):
         if preview is None:
-            preview = _side_by_side([pair.O, *pair.restored, pair.B])
+            stages = {f"stage {t}": image for t, image in enumerate(pair.restored, 1)}
+            preview = _labelled({"input": pair.O, **stages, "ground truth": pair.B})
         rows.append((pair.scores, _stage_losses(criterion, pair)))
     means, losses = (np.mean(values, 0) for values in zip(*ranks.gather(rows), strict=True))
     result = {"psnr": means[-1][0], "ssim": means[-1][1], "psnr_input": means[0][0]}
@@ -180,8 +181,16 @@ def _stage_losses(criterion: nn.Module, pair: ScoredPair) -> list[float]:
     return [terms[f"stage_{t}/loss"].item() for t in range(1, len(restored) + 1)]
 
 
-def _side_by_side(images: list[Tensor]) -> np.ndarray:
-    """Images (3, H, W) uint8 as one picture (H', W', 3), made smaller where they are large."""
-    scale = min(1.0, PREVIEW_SIDE / max(images[0].shape[1:]))
-    picture = np.hstack([np.moveaxis(image.cpu().numpy(), 0, 2) for image in images])
-    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+def _labelled(images: dict[str, Tensor]) -> np.ndarray:
+    """Images (3, H, W) uint8, made smaller where they are large, in rows, each below its name: (H', W', 3) uint8."""
+    parts = []
+    for label, image in images.items():
+        scale = min(1.0, PREVIEW_SIDE / max(image.shape[1:]))
+        picture = np.moveaxis(image.cpu().numpy(), 0, 2)
+        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        band = np.full((BAND, picture.shape[1], 3), 255, np.uint8)
+        cv2.putText(band, label, (3, BAND - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        parts.append(np.vstack([band, picture]))
+    parts += [np.full_like(parts[0], 255)] * (-len(parts) % min(PREVIEW_COLUMNS, len(parts)))
+    rows = [np.hstack(parts[i : i + PREVIEW_COLUMNS]) for i in range(0, len(parts), PREVIEW_COLUMNS)]
+    return np.vstack(rows)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import losses
 import model
@@ -28,19 +27,25 @@ from base.devices import compute_dtype, describe, is_out_of_memory, pick_device
 from base.errors import BadArgument, LostProcess, Mismatch, NotFinite, NotWritable, Occupied, OutOfMemory
 from base.files import lock, write_bytes
 from base.images import write_image
+from base.options import as_text
 from dataset import CropDataset, data_path, list_pairs, read_whole
 from runs import checkpoints
 from runs.checkpoints import Checkpoint, Start
 from runs.optimization import can_record, compile_network, in_steps, make_optimizer
 from runs.restore import validate
-from settings import describe_settings
+from settings import FIELDS, describe_settings
 
 try:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import RecordWriter
-    from tensorboardX.summary import image, scalar
+    from tensorboardX.summary import image, scalar, text
 except ModuleNotFoundError:  # TensorBoard is not needed to train
     Event = None
+
+
+QUIET_SECONDS = 60  # without a terminal, a training shows after so many that it goes on
+# Groups of curves for those of the stages. TensorBoard sorts groups by name and opens the first two: eval, train.
+STAGES = {"eval": "val_stages", "train": "train_stages"}
 
 
 class Curves:
@@ -60,10 +65,14 @@ class Curves:
             self._write(Event(file_version="brain.Event:2"))
             self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def add(self, step: int, split: str, values: dict[str, float]) -> None:
-        """One point of each curve `split/name`."""
+    def add(self, step: int, group: str, values: dict[str, float]) -> None:
+        """One point of each curve of a group."""
         if self.writer:
-            self._write(*(Event(step=step, summary=scalar(f"{split}/{name}", v)) for name, v in values.items()))
+            self._write(*(Event(step=step, summary=scalar(_tag(group, name), v)) for name, v in values.items()))
+
+    def add_text(self, step: int, name: str, markdown: str) -> None:
+        if self.writer:
+            self._write(Event(step=step, summary=text(name, markdown)))
 
     def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 in BGR order."""
@@ -80,6 +89,12 @@ class Curves:
             with suppress(OSError):  # else Python complains when it frees the file
                 self.writer.close()
             raise NotWritable(f"{self.writer.path} can't be written: {error.strerror}") from None
+
+
+def _tag(group: str, name: str) -> str:
+    """`group/name`, or for name `stage_3/psnr`, `val_stages/psnr_3` or `train_stages/psnr_3`."""
+    stage, slash, metric = name.removeprefix("stage_").partition("/")
+    return f"{STAGES[group]}/{metric}_{stage}" if slash else f"{group}/{name}"
 
 
 class Training:
@@ -115,7 +130,7 @@ class Training:
         if start.checkpoint and start.checkpoint.optimizer is not None:
             self._resume(start.checkpoint, start.source)
         self.parallel = self._parallel()
-        self.saved_at = time.monotonic()
+        self.saved_at = self.shown_at = time.monotonic()  # of the last checkpoint, and the last line about steps
         paths = list_pairs(folder / "val")
         count = min(settings.val_images or len(paths), len(paths))
         self.validation = [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
@@ -180,6 +195,9 @@ class Training:
             self.averaged.update_parameters(self.network)
         self.step += 1
         self.lap_steps += 1
+        if time.monotonic() - self.shown_at > QUIET_SECONDS and not in_terminal():
+            self.shown_at = time.monotonic()
+            log.info(f"at step {self.step} of {self.settings.steps}, loss {result['loss']:.6f}")
 
     def save(self, *names: str) -> None:
         """Write the checkpoint under each name. Raises NotFinite where the weights are not, and keeps the old ones."""
@@ -214,8 +232,8 @@ class Training:
             self.best_psnr = float(result["psnr"])
             names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
         if ranks.is_first() and preview is not None:  # rank 0 has a pair
-            self.curves.add(self.step, "val", result)
-            self.curves.add_picture(self.step, "val/preview", preview)
+            self.curves.add(self.step, "eval", result)
+            self.curves.add_picture(self.step, "eval/preview", preview)
             write_image(self.settings.log_path / "preview.png", preview)
             stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
             log.info(  # paper/tables.py and bench/trainings.py read this line
@@ -242,7 +260,7 @@ class Training:
     @contextmanager
     def running(self) -> Iterator[tqdm]:
         """Within this, the run is locked and has log and curves; a full memory or lost process becomes a UserError."""
-        settings, terminal = self.settings, in_terminal()
+        settings = self.settings
         with ExitStack() as stack:
             if ranks.is_first():
                 self._open_log(stack, settings.log_path)
@@ -253,9 +271,10 @@ class Training:
             self._start_lap()
             self.network.train()
             compile_network(self.network, settings, self.device, settings.steps - self.step)
-            bar = tqdm(total=settings.steps, initial=self.step, unit="step", disable=not terminal, dynamic_ncols=True)
+            bar = tqdm(
+                total=settings.steps, initial=self.step, unit="step", disable=not in_terminal(), dynamic_ncols=True
+            )
             stack.callback(bar.close)
-            stack.enter_context(logging_redirect_tqdm([log] if terminal else []))
             try:
                 yield bar
             except RuntimeError as error:
@@ -283,7 +302,13 @@ class Training:
 
     def _log_start(self) -> None:
         settings, start = self.settings, self.start
-        log.info("settings:\n" + describe_settings(self.requested))
+        changed = describe_settings(self.requested)
+        log.info(
+            "\n".join(["settings that are not the defaults:", *(f"  {n} = {value}" for n, value in changed.items())])
+        )
+        values = {**changed, **{name: as_text(getattr(self.requested, name)) for name in FIELDS}}
+        rows = (f"| {name} | {value} |" for name, value in values.items())
+        self.curves.add_text(self.step, "settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
         if start.changes:
             log.info("changed since the checkpoint: " + ", ".join(start.changes))
         if start.checkpoint:
@@ -296,6 +321,7 @@ class Training:
     def _start_lap(self) -> None:
         """A lap is from one line of the log to the next: its steps, and seconds of waiting for crops."""
         self.lap_started, self.lap_steps, self.waited = time.monotonic(), 0, 0.0
+        self.shown_at = self.lap_started
 
     def log_step(self, result: dict[str, float], rate: float) -> dict[str, str]:
         """Log a scored step, and the speed since the last one; returns what the progress bar shows."""
@@ -303,8 +329,8 @@ class Training:
         speed, wait_share = self.lap_steps * settings.batch_size / seconds, self.waited / seconds
         left = timedelta(seconds=round((settings.steps - self.step) * seconds / self.lap_steps))
         psnr = result[f"stage_{self.network.output_num}/psnr"]
-        speeds = {"images_per_second": speed, "wait_share": wait_share}
-        self.curves.add(self.step, "train", {**result, "lr": rate, **speeds})
+        self.curves.add(self.step, "train", {**result, "psnr": psnr, "lr": rate})
+        self.curves.add(self.step, "train_speed", {"images_per_second": speed, "wait_share": wait_share})
         log.info(
             f"step {self.step}/{settings.steps}  loss {result['loss']:.6f}  psnr {psnr:.2f} dB  lr {rate:g}  "
             f"{speed:.1f} images/s  waiting for data {wait_share:.1%}  left {left}"

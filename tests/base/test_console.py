@@ -1,11 +1,14 @@
-"""Ctrl-C and SIGTERM; commands to paste."""
+"""Ctrl-C and SIGTERM; commands to paste; progress."""
 
+import logging
 import shlex
 import signal
+import sys
 
 import pytest
+import tqdm.std
 
-from base.console import Interrupt, command_line
+from base.console import Interrupt, LogHandler, Progress, command_line, log
 from base.files import ROOT
 
 
@@ -33,3 +36,71 @@ def test_a_signal_is_noted_and_its_former_handler_comes_back():
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A function that lets time pass, seconds, and the lines of the log."""
+    now, lines = [1000.0], []
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(log, "info", lines.append)
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait, lines
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(clock, capsys):
+    wait, lines = clock
+    for _ in Progress(range(100), "reading", unit="image"):
+        wait(1)
+    assert lines == [
+        f"reading: {n} of 100 images, left {left}" for n, left in ((30, "01:10"), (60, "00:40"), (90, "00:10"))
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_short_work_shows_no_line(clock):
+    wait, lines = clock
+    for _ in Progress(range(29)):
+        wait(1)
+    assert not lines
+
+
+def test_shares_end_at_one_in_spite_of_their_rounding(clock):
+    wait, lines = clock
+    with Progress(total=1.0) as bar:
+        for _ in range(11):
+            wait(40)
+            bar.update(0.1)
+        assert bar.n == 1.0
+    assert lines[0] == "10%, left 06:00"
+    assert len(lines) == 9  # none for what is done
+    assert not any("-" in line for line in lines)
+
+
+def test_without_a_total_the_steps_are_counted(clock):
+    wait, lines = clock
+    for _ in Progress(iter(range(2)), unit="file"):
+        wait(31)
+    assert lines == ["1 files", "2 files"]
+
+
+def test_a_terminal_shows_a_bar_and_no_lines(clock, monkeypatch, capsys):
+    wait, lines = clock
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for _ in Progress(range(3), "reading"):
+        wait(40)
+    assert not lines
+    assert "reading" in capsys.readouterr().err
+
+
+def test_lines_of_the_log_leave_the_bar_whole(clock, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", sys.stderr)  # both are the terminal
+    with Progress(total=3):
+        LogHandler(sys.stdout).emit(logging.makeLogRecord({"msg": "a line"}))
+    before, after = capsys.readouterr().err.split("a line\n")
+    assert before.endswith("\r")
+    assert "0/3" in after

@@ -173,7 +173,7 @@ def test_scores_are_those_of_one_process(folder, trained):
     assert read(folder, "two").best_psnr == pytest.approx(read(folder, "one").best_psnr, abs=1e-4)
     one, two = (scalars(folder / "logs" / run) for run in ("one", "two"))
     assert one.keys() == two.keys()
-    for name in one.keys() - {"train/images_per_second", "train/wait_share", "val/preview"}:
+    for name in one.keys() - {"train_speed/images_per_second", "train_speed/wait_share", "eval/preview"}:
         assert [step for step, _ in two[name]] == [step for step, _ in one[name]]
         assert [value for _, value in two[name]] == pytest.approx([value for _, value in one[name]], rel=1e-4)
 
@@ -216,7 +216,7 @@ def test_uneven_batches_are_those_of_one_process(folder, run, words):
     assert "rank 1: " not in second  # PyTorch 2.4 may warn there
     alone(folder, f"{run}_one", *TINY, *words, "--steps", 4, "--val_images", 1)
     assert same_training(*(read(folder, f"{run}_{count}") for count in ("two", "one")))
-    for name in ("train/loss", "train/stage_1/psnr", "train/stage_1/ssim", "val/stage_1/psnr"):
+    for name in ("train/loss", "train_stages/psnr_1", "train_stages/ssim_1", "val_stages/psnr_1"):
         found, wanted = (curve(folder, f"{run}_{count}", name) for count in ("two", "one"))
         assert len(found) == (2 if name.startswith("val") else 4)
         assert found == pytest.approx(wanted, rel=1e-5)

@@ -12,7 +12,7 @@ from base.devices import compute_dtype
 from base.errors import Mismatch
 from cal_ssim import METRICS, scores
 from dataset import list_pairs, read_whole
-from fast import convolution, strips
+from fast import convolution, strips, windows
 from fast.any_size import rain_layers
 from runs import checkpoints
 from runs import restore as restoring
@@ -146,11 +146,33 @@ def test_mirror_takes_the_mean_with_the_mirrored_image(saved, device):
     assert len(list(restore(network, O, Restoring(mirror=True), 1))) == 1
 
 
-def test_mirroring_shows_its_progress_once(saved, monkeypatch):
-    shares = []
-    monkeypatch.setattr(restoring.tqdm, "update", lambda bar, share: shares.append(share))
-    list(restore(saved[0].eval(), torch.rand(3, 40, 8), Restoring(mirror=True)))
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("in_windows", [False, True])
+def test_the_shares_of_an_images_progress_add_up_to_one(monkeypatch, mirror, in_windows):
+    network, shares = model.build(resolve("sdsen_s2", {"depth": 4})).eval(), []
+    monkeypatch.setattr(restoring.Progress, "update", lambda bar, share: shares.append(share))
+    if in_windows:
+        monkeypatch.setattr(strips, "fit", lambda *_: False)
+        monkeypatch.setattr(windows, "CPU_PIXELS", 8 * 12)  # of 12 rows, the last one of 4
+    else:
+        monkeypatch.setattr(strips, "STRIP_TILES", 6)
+    list(restore(network, torch.rand(3, 40, 8), Restoring(0, "float32", mirror)))
+    assert len(shares) > 4
     assert sum(shares) == pytest.approx(1)
+
+
+def test_a_preview_has_rows_of_four_images_each_below_its_name():
+    images = {f"stage {t}": torch.full((3, 30, 50), 25 * t, dtype=torch.uint8) for t in range(10)}
+    picture = restoring._labelled(images)
+    assert picture.shape == (3 * (restoring.BAND + 30), 4 * 50, 3)
+    for t in range(10):
+        top, left = (t // 4) * (restoring.BAND + 30), t % 4 * 50
+        band, image = np.split(picture[top : top + restoring.BAND + 30, left : left + 50], [restoring.BAND])
+        assert (image == 25 * t).all()
+        assert band.max() == 255 != band.min()  # something is written there
+    assert (picture[-30:, 100:] == 255).all()
+    wide = restoring._labelled({"input": torch.zeros(3, 100, 4000, dtype=torch.uint8)})
+    assert wide.shape == (restoring.BAND + 8, restoring.PREVIEW_SIDE, 3)
 
 
 def test_mirroring_is_the_commands_choice_not_the_checkpoints(saved, tmp_path):

@@ -20,6 +20,7 @@ from commands import LONG, OTHERS, SMALL, TINY, call, events, files, read, read_
 from conftest import write_vgg
 from fake_cuda import keep_on_cpu
 from runs import checkpoints, training
+from runs.restore import BAND
 
 
 def test_training_lowers_the_loss(places, tmp_path):
@@ -44,17 +45,18 @@ def test_curves_log_and_files(places, tmp_path):
     for split, steps in (("train", [1, 2, 3, 4]), ("val", [2, 4])):
         for stage in (1, 2):
             for metric in ("loss", "psnr", "ssim"):
-                points = curves[f"{split}/stage_{stage}/{metric}"]
+                points = curves[f"{split}_stages/{metric}_{stage}"]
                 assert [step for step, _ in points] == steps
                 assert np.isfinite([value for _, value in points]).all()
     assert [value for _, value in curves["train/lr"]] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
-    assert min(value for _, value in curves["train/images_per_second"]) > 0
-    for loss, first, second in zip(*(curves[f"train/{n}"] for n in ("loss", "stage_1/loss", "stage_2/loss")), strict=1):
+    assert min(value for _, value in curves["train_speed/images_per_second"]) > 0
+    losses = (curves[name] for name in ("train/loss", "train_stages/loss_1", "train_stages/loss_2"))
+    for loss, first, second in zip(*losses, strict=True):
         assert loss[1] == pytest.approx(first[1] + second[1], rel=1e-5)
     preview = cv2.imread(str(tmp_path / "log_dir" / "sdsen" / "preview.png"))
-    assert "val/preview" in scalars(tmp_path / "log_dir" / "sdsen")  # TensorBoard shows it too
-    assert preview.shape == (40, 4 * 48, 3)  # O, two stages, B
-    assert (preview[:, -48:] == cv2.imread(str(tmp_path / "data" / "val" / "0.png"))[:, :48]).all()
+    assert "eval/preview" in curves  # TensorBoard shows it too
+    assert preview.shape == (BAND + 40, 4 * 48, 3)  # O, two stages, B, each below its name
+    assert (preview[BAND:, -48:] == cv2.imread(str(tmp_path / "data" / "val" / "0.png"))[:, :48]).all()
     names = {path.stem for path in (tmp_path / "model_dir" / "sdsen").iterdir()}
     assert names == {"latest", "best", "step_2", "step_4"}
     settings = json.loads((tmp_path / "log_dir" / "sdsen" / "settings.json").read_text())
@@ -93,7 +95,7 @@ def test_latest_is_written_when_its_minutes_are_over_and_validation_is_not_count
     words = ["--save_minutes", 1, "--save_steps", 5, "--steps", 6]
     call("-a", "train", *SMALL, *LONG, *places, *words)
     assert [number for name, number in saved if name == "latest"] == [2, 4, 5, 6]
-    speeds = [value for _, value in scalars(tmp_path / "log_dir" / "sdsen")["train/images_per_second"]]
+    speeds = [value for _, value in scalars(tmp_path / "log_dir" / "sdsen")["train_speed/images_per_second"]]
     assert speeds == pytest.approx([2 / 40] * 6)
 
 
@@ -109,6 +111,40 @@ def test_a_training_that_is_stopped_one_step_before_its_last_is_saved_there(plac
     monkeypatch.setattr(main, "train_step", step_and_stop)
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 4, "--save_steps", 10)
     assert (len(calls), read(tmp_path, "latest").step) == (3, 3)
+
+
+def test_curves_are_in_order_and_the_settings_are_a_text(places, tmp_path):
+    """TensorBoard sorts by name, and opens the first two groups."""
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 2)
+    tags = sorted(scalars(tmp_path / "log_dir" / "sdsen"))
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in tags if not tag.startswith("settings")))
+    assert groups == ["eval", "train", "train_speed", "train_stages", "val_stages"]
+    assert [tag for tag in tags if tag.startswith("eval")] == [
+        f"eval/{name}" for name in ("preview", "psnr", "psnr_input", "ssim")
+    ]
+    [value] = [
+        value
+        for event in events(tmp_path / "log_dir" / "sdsen")
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "text"
+    ]
+    table = value.tensor.string_val[0].decode()
+    assert {"| channel | 2 |", "| use_se | true |", "| rain |  |"} <= {*table.splitlines()}
+
+
+def test_slow_steps_show_a_line_a_minute_and_no_more(places, tmp_path, monkeypatch):
+    lines, now = [], [0.0]
+    monkeypatch.setattr(training.log, "info", lines.append)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    step = main.train_step
+
+    def slow_step(*arguments, **keywords):
+        now[0] += 9
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(main, "train_step", slow_step)
+    call("-a", "train", *SMALL, *places, "--steps", 20, "--log_steps", 12, "--save_steps", 20)
+    assert [line.split()[2] for line in lines if line.startswith("at step")] == ["7", "19"]
 
 
 def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, tmp_path):
@@ -154,8 +190,9 @@ def test_the_validated_score_is_that_of_the_last_stage(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 2, "--lr", "1e-2")
     curves = scalars(tmp_path / "log_dir" / "sdsen")
     for metric in ("psnr", "ssim"):
-        assert curves[f"val/{metric}"][-1] == curves[f"val/stage_2/{metric}"][-1] != curves[f"val/stage_1/{metric}"][-1]
-    assert read(tmp_path, "latest").best_psnr == pytest.approx(max(v for _, v in curves["val/stage_2/psnr"]), rel=1e-6)
+        first, second = (curves[f"val_stages/{metric}_{stage}"][-1] for stage in (1, 2))
+        assert curves[f"eval/{metric}"][-1] == second != first
+    assert read(tmp_path, "latest").best_psnr == pytest.approx(max(v for _, v in curves["eval/psnr"]), rel=1e-6)
 
 
 def test_validation_pairs_are_spread_over_val(places, monkeypatch):
@@ -205,8 +242,8 @@ def test_other_networks_train_and_test_and_show(places, tmp_path, name):
             assert float(row[f"psnr_stage_{t}"]) == pytest.approx(psnr, abs=1e-4)
     curves = scalars(tmp_path / "log_dir" / name)
     assert [value for _, value in curves["train/lr"]] == pytest.approx([1e-3, 1e-3])
-    assert f"val/stage_{outputs}/ssim" in curves
-    assert f"val/stage_{outputs + 1}/ssim" not in curves
+    assert f"val_stages/ssim_{outputs}" in curves
+    assert f"val_stages/ssim_{outputs + 1}" not in curves
 
 
 def test_terms_of_the_loss_are_curves(places, tmp_path, label_dir):
@@ -214,23 +251,25 @@ def test_terms_of_the_loss_are_curves(places, tmp_path, label_dir):
     write_vgg(vgg)
     call("-a", "train", *OTHERS["php"], *TINY, *LONG, *places, "--steps", 3)
     call("-a", "train", *OTHERS["coarse2fine"], *TINY, *LONG, *places, "--steps", 3, "--vgg_weights", vgg)
-    stages = [f"stage_{t}/{metric}" for t in (1, 2, 3) for metric in ("loss", "psnr", "ssim")]
-    always = {"loss", "lr", "images_per_second", "wait_share"}
+    stages = [f"{metric}_{t}" for t in (1, 2, 3) for metric in ("loss", "psnr", "ssim")]
+    always = {"loss", "psnr", "lr"}
     for name, terms, factors in (
         ("php", {"colour", "segmentation", *stages[:6]}, {"colour": 0.1, "segmentation": 0.05}),
         ("coarse2fine", {"l1", "vgg", *stages}, {}),
     ):
         curves = scalars(tmp_path / "log_dir" / name)
-        train = {tag.removeprefix("train/"): points for tag, points in curves.items() if tag.startswith("train/")}
+        train = {
+            tag.split("/")[1]: curve for tag, curve in curves.items() if tag.split("/")[0] in ("train", "train_stages")
+        }
         assert train.keys() == always | terms
-        summed = {term: 1 for term in terms if term.endswith("/loss")} | factors
+        summed = {term: 1 for term in terms if term.startswith("loss_")} | factors
         for index in range(3):
             assert [points[index][0] for points in train.values()] == [index + 1] * len(train)
             parts = sum(factor * train[term][index][1] for term, factor in summed.items())
             assert train["loss"][index][1] == pytest.approx(parts, rel=1e-5)
             assert min(train[term][index][1] for term in terms) > 0
-    train = {key: train[key][0][1] for key in ("l1", "vgg", "stage_3/loss")}
-    assert train["l1"] + train["vgg"] == pytest.approx(train["stage_3/loss"], rel=1e-5)
+    train = {key: train[key][0][1] for key in ("l1", "vgg", "loss_3")}
+    assert train["l1"] + train["vgg"] == pytest.approx(train["loss_3"], rel=1e-5)
     assert read(tmp_path, "latest", "coarse2fine").criterion == {}  # VGG's are in their own file
 
 
@@ -243,8 +282,9 @@ def test_other_networks_first_step_in_bf16(places, tmp_path, label_dir, name):
     ):
         call("-a", "train", *OTHERS[name], *TINY, *LONG, *places, *words, "--steps", 1, "--run", run)
         first[run] = {tag: points[0][1] for tag, points in scalars(tmp_path / "log_dir" / run).items()}
-    terms = {"loss", *(["colour", "segmentation"] if name == "php" else ["l1"]), "stage_1/loss", "stage_2/loss"}
-    half, full = ({term: values[f"train/{term}"] for term in terms} for values in (first["bf16"], first["float32"]))
+    terms = {"loss", *(["colour", "segmentation"] if name == "php" else ["l1"])}
+    tags = ("train_stages/loss_1", "train_stages/loss_2", *(f"train/{term}" for term in terms))
+    half, full = ({tag.split("/")[1]: values[tag] for tag in tags} for values in (first["bf16"], first["float32"]))
     # Parts of a batch have their own mean over the pixels that have labels.
     assert half.pop("segmentation", 0) == pytest.approx(full.pop("segmentation", 0), rel=0.2)
     assert half == pytest.approx(full, rel=0.01)
