@@ -174,24 +174,24 @@ def _place(path: Path) -> Path:
 def result_names(inputs: dict[Path, Path], stage_num: int) -> list[Path]:
     """Each input's result, below the folder of all results: its name, with _2, _3, ... where an earlier one has it.
 
-    The names of `stage_num` stages are kept free as well.
+    The names of `stage_num` stages, and of results that become a PNG (`write_result`), are kept free as well. Images
+    whose format stays come first.
     """
-    results: list[Path] = []
+    results: dict[Path, Path] = {}
     taken: set[str] = set()
-    for path, folder in inputs.items():
-        suffix = result_suffix(path)
-        suffixes = {suffix, suffix if suffix.lower() in ANY_DEPTH else ".png"}  # see `write_result`
+    for path in sorted(inputs, key=lambda path: result_suffix(path) != path.suffix):
+        folder, suffix = inputs[path], result_suffix(path)
         stem = path.stem if path.suffix.lower() in SUFFIXES else path.name
         for count in itertools.count(1):
             result = folder / f"{stem if count == 1 else f'{stem}_{count}'}{suffix}"
             files = [result, *stage_files(result, stage_num)]
             # On some file systems A.png and a.png are one file.
-            names = {str(file.with_suffix(suffix)).casefold() for file in files for suffix in suffixes}
+            names = {f"{file}{more}".casefold() for file in files for more in ("", ".png")}
             if not names & taken:
                 break
         taken |= names
-        results.append(result)
-    return results
+        results[path] = result
+    return [results[path] for path in inputs]
 
 
 def stage_files(result: Path, stage_num: int) -> list[Path]:
@@ -289,7 +289,7 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def write_result(item: Restored, result: Path, stage_num: int, fixed: bool) -> Path:
     """Write an image's result, and `stage_num` of its stages; returns the result's file.
 
-    Where that can't hold the image's depth or alpha, these are lost if its name is `fixed`; else it becomes a .png.
+    Where that can't hold the image's depth or alpha, these are lost if its name is `fixed`; else .png is added to it.
     """
     images, suffix = [item.stages[-1], *item.stages], result.suffix.lower()
     deep, alpha = item.image.dtype == np.uint16, item.image.shape[2:] == (4,)
@@ -298,7 +298,7 @@ def write_result(item: Restored, result: Path, stage_num: int, fixed: bool) -> P
         images = [to_bgr8(image) for image in images]
         item.lost += ["16 bits"] * deep + ["alpha"] * alpha
     elif not fits:
-        result = result.with_suffix(".png")
+        result = result.with_name(f"{result.name}.png")
     item.lost += [NAMES[key] for key in item.metadata.keys() - held(item.metadata, result.suffix.lower(), images[0])]
     for file, image in zip([result, *stage_files(result, stage_num)], images, strict=False):
         write_image(file, image, item.metadata)

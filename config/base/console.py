@@ -81,6 +81,7 @@ class Progress(tqdm):
 
     def __init__(self, iterable: Iterable | None = None, desc: str = "", total: float | None = None, **keywords: Any):
         self.in_lines = not in_terminal()
+        # Lines go to the log. With a file of its own it is no bar that LogHandler would show again after each of them.
         wait = {"delay": self.EVERY, "mininterval": self.EVERY, "file": io.StringIO()} if self.in_lines else {}
         keywords = {"leave": False, "dynamic_ncols": True, **keywords, **wait}
         super().__init__(iterable, desc, total, miniters=0, disable=bool(_rank_prefix()), **keywords)
