@@ -31,7 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from base import ranks
 from base.console import in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
-from base.errors import BadArgument, MissingFile, Occupied, OutOfMemory, UserError
+from base.errors import BadArgument, MissingFile, NotFinite, Occupied, OutOfMemory, UserError
 from base.files import write_bytes
 from base.images import SUFFIXES, list_images, read_image, read_pair, to_bgr8, write_image
 from base.options import make_parser
@@ -88,6 +88,8 @@ def derain(
     try:
         O = to_network(image).to(device)
         stages = [from_network(restored, image) for restored in restore(network, O, how, stage_num)]
+    except NotFinite as error:
+        raise NotFinite(f"{path}: {error}") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from types import SimpleNamespace
@@ -118,7 +119,9 @@ def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, 
     before, after = lines[:first_step], lines[first_step:]
     assert {f"  {field} = {value}" for field, value in (("channel", 2), ("lr", 0.001), ("val_images", 2))} <= {*before}
     assert str(tmp_path / "data" / "val") in "".join(before)
-    assert str(tmp_path / "model_dir" / "sdsen" / "best.pth") in after[-1]  # where it is, and what comes next
+    assert str(tmp_path / "model_dir" / "sdsen" / "best.pth") in after[-2]
+    call(*shlex.split(after[-1])[2:])  # the command that comes next
+    assert len(read_csv(tmp_path / "log_dir" / "sdsen" / "test_best.csv")) == 2
 
 
 @pytest.fixture
