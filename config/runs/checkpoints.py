@@ -63,7 +63,8 @@ def load(path: Path) -> Checkpoint:
         if settings and stages:  # trained so far, where these are fewer than the settings' stage_num
             settings = override(settings, {"stage_num": stages})
     except BadArgument as error:
-        raise DamagedFile(f"{path} holds settings that are not possible: {error}") from None
+        reason = " ".join(str(error).split())  # the value in it may be printed in several lines
+        raise DamagedFile(f"{path} holds settings that are not possible: {reason}") from None
     if not math.isfinite(fields.get("best_psnr", 0)):
         del fields["best_psnr"]  # of pairs that were equal, before PSNR was bounded
     return Checkpoint(settings=settings, **fields)

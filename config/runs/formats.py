@@ -73,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
     for name, is_right in KINDS.items():
         value, needed = fields[name], name in ("format", "network", "step")
         if (needed or value is not None) and not is_right(value):
-            raise DamagedFile(f"{path} is damaged, or no checkpoint of such a network: see its {name}")
+            raise DamagedFile(f"{path} is damaged, or no checkpoint: its {name} is missing or of another kind")
     for name in WEIGHTS:
         if fields[name]:
             fields[name] = _plain_names(fields[name])

@@ -1,11 +1,12 @@
-"""Ctrl-C and SIGTERM; commands to paste."""
+"""Ctrl-C and SIGTERM; commands to paste; words that are empty."""
 
 import shlex
 import signal
 
 import pytest
 
-from base.console import Interrupt, command_line
+from base.console import Interrupt, Parser, Stopped, command_line
+from base.errors import BadArgument
 from base.files import ROOT
 
 
@@ -33,3 +34,27 @@ def test_a_signal_is_noted_and_its_former_handler_comes_back():
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def test_a_second_interrupt_ends_at_once_unless_it_follows_the_first_closely(monkeypatch):
+    with Interrupt() as interrupt:
+        interrupt.check()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):
+            interrupt.check()
+        monkeypatch.setattr(Interrupt, "AGAIN", -1.0)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("words", [["-m", ""], ["-i", "a", ""]])
+def test_empty_words_are_refused(words):
+    parser = Parser()
+    parser.add_argument("-m")
+    parser.add_argument("-n", default="")
+    parser.add_argument("-i", nargs="+", action="extend")
+    assert parser.parse_args([]).n == ""
+    with pytest.raises(BadArgument):
+        parser.parse_args(words)
