@@ -2,6 +2,7 @@
 
 The protocol: restored images are rounded to 8 bits and compared whole; the score of a data set is the mean over its
 images. `psnr` and `ssim` are of RGB (equal weights), `psnr_y` and `ssim_y` of the luma of MATLAB's rgb2ycbcr, rounded.
+PSNR is at most 58.92 dB, that of rounding to 8 bits: equal images have a finite score, and means compare.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,11 +14,17 @@ from torch import Tensor
 METRICS = ("psnr", "ssim", "psnr_y", "ssim_y")
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004
 STRIP = 512  # rows of a large image that are scored at once
+ROUNDING = 1 / 12  # mean squared error of rounding to 8 bits, levels squared; the smallest that counts
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
-    """Peak signal to noise ratio in dB of each image, (N, C, H, W) twice -> (N,); inf for equal images."""
-    return 10 * torch.log10(data_range**2 / (x - y).square().mean((1, 2, 3)))
+    """Peak signal to noise ratio in dB of each image, (N, C, H, W) twice -> (N,), at most 58.92."""
+    return _decibel((x - y).square().mean((1, 2, 3)) * (255 / data_range) ** 2)
+
+
+def _decibel(error: Tensor) -> Tensor:
+    """PSNR of mean squared errors in levels of 255, squared."""
+    return 10 * torch.log10(255**2 / error.clamp(min=ROUNDING))
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
@@ -61,7 +68,7 @@ def scores(restored: Tensor, B: Tensor) -> dict[str, float]:
         # float32 is several times faster, and within 1e-5 of float64 on real images.
         strips = ((x.float(), y.float()) for x, y in _strips(pair, convert, WINDOW - 1)) if enough else ()
         similarity = sum(((x.shape[-2] - WINDOW + 1) * ssim(x, y, 255)[0]).double() for x, y in strips)
-        values.append(10 * torch.log10(255**2 / (error / height)))
+        values.append(_decibel(error / height))
         values.append(similarity / (height - WINDOW + 1) if enough else torch.full_like(values[0], torch.nan))
     return dict(zip(METRICS, torch.stack(values).tolist(), strict=True))
 

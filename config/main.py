@@ -31,7 +31,7 @@ import model
 from base import ranks
 from base.console import Interrupt, log, run_script, set_up_log
 from base.devices import autocast, pick_device
-from base.errors import BadArgument
+from base.errors import BadArgument, UserError
 from base.files import write_bytes
 from base.options import make_parser
 from cal_ssim import METRICS
@@ -125,6 +125,8 @@ def train_loop(training: Training, bar: tqdm, interrupt: Interrupt) -> None:
     settings, optimizer, criterion = training.settings, training.optimizer, training.criterion
     batches = training_batches(training.dataset, training.step, training.device)
     recorded = None
+    if training.owes_validation:
+        training.validate_and_save(interrupt)
     while training.step < settings.steps and not any(ranks.total([interrupt.requested])):
         O, B, *labels = training.next_crops(batches)
         rate = learning_rate(settings, training.step)
@@ -140,17 +142,17 @@ def train_loop(training: Training, bar: tqdm, interrupt: Interrupt) -> None:
         if scored:
             bar.set_postfix(training.log_step(result, rate))
         if training.step % settings.save_steps == 0 or training.step == settings.steps:
-            training.validate_and_save()
+            training.validate_and_save(interrupt)
         elif time.monotonic() - training.saved_at > 60 * settings.save_minutes:
             training.save("latest")
-    if training.step < settings.steps:
+    if training.step < settings.steps or training.owes_validation:
         training.save("latest")
 
 
 def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> None:
     """`-a train`: start a run, or resume it where it has a checkpoint."""
     training = Training(choose_start(preset, name, overrides))
-    if training.step >= training.settings.steps:
+    if training.step >= training.settings.steps and not training.owes_validation:
         training.log_end()
         return
     with training.running() as bar, Interrupt() as interrupt:
@@ -158,26 +160,39 @@ def train(preset: str | None, name: str | None, overrides: dict[str, Any]) -> No
         training.log_end()
 
 
-def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> None:
-    """`-a test`: scores of a checkpoint on whole test images, after each stage, and a CSV with a row for each image."""
+def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> int:
+    """`-a test`: scores of a checkpoint on whole test images, after each stage, and a CSV with a row for each image.
+
+    Pairs that can't be scored are left out and named; the exit status is then 1. Raises UserError if no pair can be.
+    """
     network, settings, path, step = open_network(preset, name, overrides)
     folder, device = data_path(settings) / "test", pick_device(settings.device)
     paths = list_pairs(folder)
     log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {device}")
-    rows = []
+    rows: list[Any] = []  # of each pair, what `write_scores` takes or the reason why there is nothing
     for pair in score_pairs(network, paths, device, Restoring.of(settings)):
+        if isinstance(pair, UserError):
+            rows.append(pair)
+            continue
         change = (pair.restored[-1].float() - pair.O.float()).abs().mean().item()
         rows.append((pair.path.name, *pair.O.shape[1:], change, pair.scores))
     rows = ranks.gather(rows)
     if not ranks.is_first():
-        return
+        return 0
+    left_out = [row for row in rows if isinstance(row, UserError)]
+    rows = [row for row in rows if not isinstance(row, UserError)]
+    if not rows:
+        raise left_out[0]
     own_folder = settings.log_path if path.parent.name == settings.run else Path(settings.log_dir)
     csv_path = own_folder / f"test_{path.stem}.csv"
     write_scores(csv_path, rows)
-    log.info(f"8-bit RGB, and Y of rgb2ycbcr, means over {len(paths)} images; each image's scores: {csv_path}")
+    log.info(f"8-bit RGB, and Y of rgb2ycbcr, means over {len(rows)} images; each image's scores: {csv_path}")
     change = np.mean([row[3] for row in rows])
     if change < NEARLY_INPUT:
         log.warning(f"warning: the output is nearly the input, {change:.2f} of 255 levels apart on average")
+    for error in left_out:
+        log.warning(f"left out, {len(left_out)} of {len(paths)}: {error}")
+    return int(bool(left_out))
 
 
 def write_scores(path: Path, rows: list[tuple[str, int, int, float, np.ndarray]]) -> None:
@@ -195,7 +210,7 @@ def write_scores(path: Path, rows: list[tuple[str, int, int, float, np.ndarray]]
     writer.writerow(["image", "height", "width", "change", *(f"{metric}_{p}" for p in places for metric in METRICS)])
     for name, height, width, change, scores in rows:
         writer.writerow([name, height, width, f"{change:.4f}", *(f"{value:.6f}" for value in scores.flat)])
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def models() -> None:
@@ -257,7 +272,7 @@ def main(arguments: list[str]) -> int:
                 tilt.measure(names, overrides)
             else:
                 action = {"train": train, "test": test}[known.action]
-                action(known.preset, names[0] if names else None, overrides)
+                return action(known.preset, names[0] if names else None, overrides) or 0
     return 0
 
 

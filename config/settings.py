@@ -22,6 +22,9 @@ from networks.coarse2fine import Coarse2FineSettings
 from networks.php import PHPSettings
 from synthesis.styles import STYLES
 
+LONGEST = 200  # bytes of a run's name, of which files have more
+MOST = 1000  # channels, layers or stages, so that a mistyped number does not fill the memory
+
 _network = partial(option, group="Model")
 _data = partial(option, group="Data")
 _training = partial(option, group="Training")
@@ -126,7 +129,14 @@ class Settings(Coarse2FineSettings, PHPSettings):
 
 FIELDS = options.read_options(Settings)
 NETWORK_FIELDS = [name for name, field in FIELDS.items() if field.group.startswith("Model")]  # what fixes the network
-read_overrides = partial(options.read_words, FIELDS)  # settings of a command line, `--name value`
+
+
+def read_overrides(words: list[str]) -> dict[str, Any]:
+    """The settings of a command line, `--name value`; `--run ""` is no setting: the run has the preset's name."""
+    values = options.read_words(FIELDS, words)
+    if empty := [name for name in ("model_dir", "log_dir", "show_dir") if values.get(name) == ""]:
+        raise BadArgument(f"--{empty[0]} is empty: name a folder or leave it out")
+    return {name: value for name, value in values.items() if name != "run" or value}
 
 
 def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
@@ -153,7 +163,10 @@ def override(settings: Settings, overrides: dict[str, Any]) -> Settings:
         f"loss {s.loss} needs patch_size 11 or more": s.loss.startswith("ssim") and s.patch_size < 11,
         f"milestones must rise, got {s.milestones}": list(s.milestones) != sorted({*s.milestones} - {0}),
         f"average must be below 1, such as 0.999, got {s.average}": s.average >= 1,
-        f"run is a folder's name, got {s.run!r}": s.run in (".", "..") or set(s.run) & set("/\\"),
+        f"run is a folder's name, got {s.run!r}": s.run in (".", "..") or set(s.run) & set("/\\\0"),
+        f"run is a folder's name of at most {LONGEST} bytes": len(s.run.encode(errors="surrogatepass")) > LONGEST,
+        f"channel, depth and stage_num are at most {MOST}": max(s.channel, s.depth, s.stage_num) > MOST,
+        "numbers must be below 2^63": any(type(value) is int and value >= 2**63 for value in overrides.values()),
     }
     for message, is_conflict in conflicts.items():
         if is_conflict:
@@ -182,7 +195,8 @@ def from_dict(values: dict[str, Any]) -> Settings:
     if known.get("rain") == "rain100h_stepped":
         known["rain"] = "rain100h"
     known = {name: value for name, value in known.items() if name in FIELDS}
-    for name in [name for name, value in known.items() if not FIELDS[name].has_choice(value)]:
+    gone = [name for name, value in known.items() if isinstance(value, str) and not FIELDS[name].has_choice(value)]
+    for name in gone:
         log.warning(f"warning: the checkpoint's {name} {known.pop(name)!r} does not exist here: the default is used")
     if "rain" not in known:
         known.pop("clean_dir", None)  # which is nothing without a style

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from base import ranks
 from base.console import Progress, in_terminal, log, run_script, set_up_log
 from base.devices import is_out_of_memory, pick_device
-from base.errors import BadArgument, BadName, MissingFile, NotWritable, Occupied, OutOfMemory, UserError
+from base.errors import BadArgument, BadName, MissingFile, NotFinite, NotWritable, Occupied, OutOfMemory, UserError
 from base.images import SUFFIXES, WRITABLE, Picture, kind_of, read_pair, read_picture, survey, to_bgr8, write_image
 from base.metadata import JPEG, NAMES, TIFF, held
 from base.options import make_parser
@@ -87,6 +87,8 @@ def derain(
     try:
         O = to_network(image).to(device)
         stages = [from_network(restored, image) for restored in restore(network, O, how, stage_num)]
+    except NotFinite as error:
+        raise NotFinite(f"{path}: {error}") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

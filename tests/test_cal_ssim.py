@@ -60,10 +60,23 @@ def test_ssim_gradient():
     assert torch.autograd.gradcheck(lambda x: ssim(x, y), (x,))
 
 
-def test_equal_images():
-    x = torch.rand(2, 3, 20, 20)
+def test_equal_images_have_the_score_of_rounding_to_8_bits():
+    x = torch.rand(2, 3, 300, 300)
     assert torch.allclose(ssim(x, x), torch.ones(2))
-    assert torch.isinf(psnr(x, x)).all()
+    rounded = psnr(x.double(), to_8bit(x) / 255).mean().item()
+    assert psnr(x, x).tolist() == pytest.approx([rounded] * 2, abs=0.03)
+    assert psnr(255 * x, 255 * x, 255).tolist() == psnr(x, x).tolist()
+    black = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    nearly = black.clone()
+    nearly[0, 3, 3] = 1
+    for image in (black, nearly):
+        found = scores(image, black)
+        assert [found["psnr"], found["psnr_y"]] == pytest.approx([rounded] * 2, abs=0.03)
+
+
+def test_an_empty_batch_has_no_scores():
+    x = torch.rand(0, 3, 20, 20)
+    assert psnr(x, x).shape == ssim(x, x).shape == (0,)
 
 
 def test_luma_is_matlabs():

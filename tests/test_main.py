@@ -1,5 +1,6 @@
 """The training step, the command line, and `-a test`: gradients, scores, files, and errors for bad input."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,46 @@ def test_mean_scores_leave_out_an_image_too_small_for_ssim(tmp_path, monkeypatch
     main.write_scores(tmp_path / "scores.csv", [(f"{i}.png", 9, 9, 1.0, each) for i, each in enumerate(scores)])
     assert [line.split()[1:] for line in lines[1:]] == [["0.2500"] * 4] * 2
     assert [row["ssim_input"] for row in read_csv(tmp_path / "scores.csv")] == ["0.250000", "nan"]
+
+
+def test_a_broken_pair_costs_only_its_own_scores(places, tmp_path, monkeypatch):
+    warnings = []
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    assert call("-a", "test", "-m", "sdsen", *places) == 0
+    whole = read_csv(tmp_path / "log_dir" / "sdsen" / "test_best.csv")
+    broken = tmp_path / "data" / "test" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    monkeypatch.setattr(main.log, "warning", warnings.append)
+    assert call("-a", "test", "-m", "sdsen", *places) == 1
+    assert read_csv(tmp_path / "log_dir" / "sdsen" / "test_best.csv") == whole[1:]
+    assert any(str(broken) in warning for warning in warnings)
+    (tmp_path / "data" / "test" / "1.png").write_text("no image either")
+    with pytest.raises(DamagedFile):
+        call("-a", "test", "-m", "sdsen", *places)
+
+
+def test_names_that_are_no_text_are_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    main.write_scores(tmp_path / "scores.csv", [(name, 9, 9, 1.0, np.ones((2, 4)))])
+    assert [row["image"] for row in read_csv(tmp_path / "scores.csv")] == ["caf\\udce9.png"]
+
+
+@pytest.mark.slow
+def test_names_that_the_terminal_cannot_print(places, tmp_path):
+    """A name that is no UTF-8, a terminal of ASCII: in messages, errors, train.log, CSV and settings."""
+    odd = os.fsdecode(b"r\xe9gen\xff")
+    (tmp_path / "data").rename(tmp_path / odd)
+    (tmp_path / odd / "test" / "0.png").write_text("no image")
+    (tmp_path / odd / "test" / "1.png").rename(tmp_path / odd / "test" / f"{odd}é.png")
+    words = [*places, "--data_dir", tmp_path / odd, "--run", odd]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    for action, status in (("train", 0), ("test", 1)):
+        command = [sys.executable, ROOT / "config" / "main.py", "-a", action, *words]
+        command += [*SMALL, "--steps", "1", "--log_steps", "1"] if action == "train" else []
+        result = subprocess.run([os.fsencode(word) for word in command], capture_output=True, env=environment)
+        assert (result.returncode, b"Error" in result.stderr) == (status, False), result.stderr
+    assert len(read_csv(tmp_path / "log_dir" / odd / "test_best.csv")) == 1
+    assert r"r\udce9gen" in (tmp_path / "log_dir" / odd / "train.log").read_text()
 
 
 def test_float16_is_for_tests(places, tmp_path):

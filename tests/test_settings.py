@@ -80,6 +80,9 @@ def test_overrides_are_typed():
         ["word"],
         ["--log_level", "chatty"],
         ["--batch_size", "0"],
+        ["--model_dir", ""],
+        ["--log_dir="],
+        ["--show_dir"],
     ],
 )
 def test_words_that_are_refused(words):
@@ -111,11 +114,19 @@ def test_words_that_are_refused(words):
         {"rain": "snow"},
         {"clean_dir": "photographs"},
         {"average": 1.0},
+        {"run": "x" * 300},
+        {"run": "a\0b"},
+        {"channel": 10**6},
+        {"seed": 2**64},
     ],
 )
 def test_values_that_are_refused(values):
     with pytest.raises(BadArgument):
         override(Settings(), values)
+
+
+def test_an_empty_run_is_the_presets_name():
+    assert read_overrides(["--run", "", "--data_dir", ""]) == {"data_dir": ""}
 
 
 @pytest.mark.parametrize(

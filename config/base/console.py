@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NoReturn
@@ -23,13 +24,23 @@ WIDTH = 100  # of the help, columns
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises BadArgument and takes no abbreviations. Indented lines of its description stay."""
+    """An argument parser that raises BadArgument, and takes no abbreviations and no empty words.
+
+    Indented lines of its description stay.
+    """
 
     def __init__(self, description: str = "", **keywords: Any):
         formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=25, width=WIDTH)
         parts = (part if "\n  " in f"\n{part}" else textwrap.fill(part, WIDTH) for part in description.split("\n\n"))
         keywords = {"formatter_class": formatter, "allow_abbrev": False, **keywords}
         super().__init__(description="\n\n".join(parts), **keywords)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        known, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(known).items():
+            if "" in (value if isinstance(value, list) else [value]) and value != self.get_default(name):
+                self.error(f"{name} is empty: name something or leave it out")
+        return known, rest
 
     def error(self, message: str) -> NoReturn:
         raise BadArgument(f"{message} (see {self.prog} --help)")
@@ -99,17 +110,33 @@ class Progress(tqdm):
             log.info(f"{self.desc and self.desc + ': '}{done}{f', left {self.format_interval(left)}' if left else ''}")
 
 
-class Interrupt:
-    """Within this, Ctrl-C and SIGTERM only set `requested`, so that the caller can finish its work first."""
+class Stopped(Exception):
+    """Work that is given up after Ctrl-C or SIGTERM: see `Interrupt.check`."""
 
+
+class Interrupt:
+    """Within this, Ctrl-C and SIGTERM only set `requested`, so that the caller can finish its work first.
+
+    A second Ctrl-C raises KeyboardInterrupt. Within `AGAIN` seconds it is still the first: torchrun sends two signals.
+    """
+
+    AGAIN = 2.0
     requested = False
+
+    def check(self) -> None:
+        """Raise Stopped where a signal has come: for work that is repeated when the program resumes."""
+        if self.requested:
+            raise Stopped
 
     def __enter__(self) -> "Interrupt":
         self.old = {stop: signal.signal(stop, self._request) for stop in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _request(self, *_: object) -> None:
-        self.requested = True
+    def _request(self, number: int, _: object) -> None:
+        if not self.requested:
+            self.requested, self.since = True, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > self.AGAIN:
+            raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
         for stop, handler in self.old.items():
@@ -118,6 +145,8 @@ class Interrupt:
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
     """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2, Ctrl-C 130."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that they can't print
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

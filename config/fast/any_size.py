@@ -23,6 +23,7 @@ def rain_layers(
     share of the work done since its last call. Raises the device's own error if its memory is too small for a few rows,
     OutOfMemory if the computer's is and the disk as well.
     """
+    network.check(O[None])
     stage_num = stage_num or network.output_num
     by_stage = network.features_halo is not None
     memory = MemoryBudget(memory_gib)

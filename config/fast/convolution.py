@@ -127,7 +127,7 @@ def winograd_fits(inputs: Sequence[Tensor], filters: Filters) -> bool:
         and not torch.compiler.is_compiling()
         and filters.weight.shape[-2:] == (KERNEL, KERNEL)
         and len(filters.weight) >= winograd.CHANNELS
-        and all(x.shape[1] >= winograd.CHANNELS for x in tensors)
+        and all(len(x) > 0 and x.shape[1] >= winograd.CHANNELS for x in tensors)
         and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and not torch.is_autocast_enabled("cpu")
         and winograd.library() is not None

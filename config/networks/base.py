@@ -38,8 +38,8 @@ class Network(nn.Module):
     checkpoint_activations = False  # recompute parts of it for the gradients, instead of keeping activations
 
     def check(self, O: Tensor, stage_num: int = 1) -> None:
-        """Raise ValueError where `O` is not (N, 3, H, W), or there is no rain layer `stage_num`."""
-        if O.dim() != 4 or O.shape[1] != 3:
+        """Raise ValueError where `O` is not (N, 3, H, W) with H, W > 0, or there is no rain layer `stage_num`."""
+        if O.dim() != 4 or O.shape[1] != 3 or not all(O.shape[2:]):
             raise ValueError(f"{type(self).__name__} expects rainy images of shape (N, 3, H, W), got {tuple(O.shape)}")
         if stage_num not in range(1, self.output_num + 1):
             raise ValueError(f"{type(self).__name__} has outputs 1 to {self.output_num}, got stage_num {stage_num}")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from base.console import Interrupt, Parser, log
-from base.errors import BadArgument, Mismatch, MissingFile, NotWritable
+from base.errors import BadArgument, MissingFile, NotWritable, UserError
 from base.files import ROOT
 from paper.packing import pack, take
 from paper.rows import Run, all_rows, find_row, find_run, parse_name, rows_with_runs
@@ -92,7 +92,7 @@ def _describe(result: Result) -> str:
 def _progress(run: Run) -> str:
     try:
         return f"step {step} of {run.settings.steps}" if (step := run.step) else "no run"
-    except Mismatch as error:
+    except UserError as error:
         return str(error)
 
 

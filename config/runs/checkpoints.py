@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all, read without running code, found by name; starts of trainings; exports."""
 
 import io
+import math
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,10 @@ from base import ranks
 from base.console import log
 from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile, Occupied
 from base.files import ROOT, write_bytes
+from runs import formats
+from runs.formats import FORMAT
 from settings import FIELDS, NETWORK_FIELDS, Settings, from_dict, map_paths, override, resolve, to_dict
 
-FORMAT = 1
 OTHER_VALIDATION = {"data_dir", "val_images", "stage_num"}  # with these changed, PSNRs are not those of before
 
 
@@ -26,7 +29,7 @@ class Checkpoint:
 
     network: dict[str, torch.Tensor]
     step: int = 0
-    settings: Settings | None = None  # None: a checkpoint of the published code
+    settings: Settings | None = None  # None: a checkpoint of another program, such as the published code
     optimizer: dict[str, Any] | None = None  # None: exported weights
     random: dict[str, Any] | None = None  # states of PyTorch's generators: cpu, cuda
     best_psnr: float | None = None  # of the validations so far, dB
@@ -47,26 +50,24 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint of this program, or of the published one (`net`, `clock`, `opt`), onto the CPU.
+    """Read a checkpoint of this program, of the published one, or another's weights, onto the CPU; see `formats.read`.
 
-    Raises DamagedFile where the file holds code, is cut off, or is something else.
+    Raises DamagedFile where its fields or settings are not possible, NotFinite where its weights are not finite.
     """
+    fields = formats.read(path)
+    fields.pop("format")
+    settings, stages = fields.pop("settings", None), fields.pop("stages", None)
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its readers meet: zip, pickle, storage errors
-        kind = type(error).__name__
-        raise DamagedFile(f"{path} is no checkpoint, is cut off, or holds code, which isn't run ({kind})") from None
-    if isinstance(values, dict) and {"net", "clock"} <= values.keys():
-        return Checkpoint(values["net"], int(values["clock"]), optimizer=values.get("opt"))
-    if not isinstance(values, dict) or not {"format", "network", "settings", "step"} <= values.keys():
-        raise DamagedFile(f"{path} is no checkpoint of this program")
-    if values["format"] > FORMAT:
-        raise DamagedFile(f"{path} was written by a newer version of this program: update it")
-    settings = values["settings"] and from_dict(values["settings"])
-    if stages := values.get("stages"):  # trained so far, where these are fewer than the settings' stage_num
-        settings = override(settings, {"stage_num": stages})
-    fields = Checkpoint.__dataclass_fields__  # a later version may add others
-    return Checkpoint(**{**{name: value for name, value in values.items() if name in fields}, "settings": settings})
+        if settings is not None:
+            settings = from_dict(settings)
+        if settings and stages:  # trained so far, where these are fewer than the settings' stage_num
+            settings = override(settings, {"stage_num": stages})
+    except BadArgument as error:
+        reason = " ".join(str(error).split())  # the value in it may be printed in several lines
+        raise DamagedFile(f"{path} holds settings that are not possible: {reason}") from None
+    if not math.isfinite(fields.get("best_psnr", 0)):
+        del fields["best_psnr"]  # of pairs that were equal, before PSNR was bounded
+    return Checkpoint(settings=settings, **fields)
 
 
 def find(name: str, model_dir: Path) -> Path:
@@ -76,7 +77,7 @@ def find(name: str, model_dir: Path) -> Path:
     a file have that name.
     """
     runs, files = run_states(name, model_dir), (Path(name), ROOT / name, model_dir / name, model_dir / f"{name}.pth")
-    found = [path for path in (*runs[:1], *files) if path.is_file()]
+    found = [path for path in (*runs[:1], *files) if os.path.isfile(path)]  # False for a name that is too long
     if runs and found[1:]:
         raise BadArgument(f"-m {name} may be the run, {found[0]}, or {found[1]}: name the file")
     if found:
@@ -88,7 +89,7 @@ def find(name: str, model_dir: Path) -> Path:
 
 def run_states(run: str, model_dir: Path) -> list[Path]:
     """The files of a run that stand for it: best.pth and latest.pth, if they exist."""
-    return [path for path in (model_dir / run / "best.pth", model_dir / run / "latest.pth") if path.is_file()]
+    return [path for path in (model_dir / run / "best.pth", model_dir / run / "latest.pth") if os.path.isfile(path)]
 
 
 def find_run(run: str, model_dir: Path) -> Path:
@@ -100,12 +101,17 @@ def find_run(run: str, model_dir: Path) -> Path:
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path, average: bool = False) -> None:
     """Put a checkpoint's weights, or their `average` if it has one, into a network. Raises Mismatch."""
-    own, given = network.state_dict(), (checkpoint.average if average else None) or checkpoint.network
+    given = (checkpoint.average if average else None) or checkpoint.network
+    check_weights(network.state_dict(), given, path)
+    network.load_state_dict(given)
+
+
+def check_weights(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise Mismatch where the weights `given` by the file `path` are not those of one's `own` names and shapes."""
     wrong = sorted(own.keys() ^ given.keys())
     wrong += [name for name in own if name in given and own[name].shape != given[name].shape]
     if wrong:
         raise Mismatch(f"{path} belongs to another network ({wrong[0]} differs): choose its preset and settings")
-    network.load_state_dict(given)
 
 
 def check_network(path: Path, trained: Settings, requested: Settings, may_differ: set[str]) -> None:
@@ -139,7 +145,7 @@ def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]
         raise Occupied(f"{weights} has the name of this run: name the run with --run")
     source = ranks.from_first(lambda: _find_source(settings, latest, name))
     checkpoint = ranks.from_first(lambda: load(source) if source.is_file() else None)
-    if checkpoint is None or checkpoint.settings is None:  # none, or the published code's, which holds no settings
+    if checkpoint is None or checkpoint.settings is None:  # none, or another program's, which holds no settings
         return Start(settings, checkpoint, source, [])
     old, resumes = checkpoint.settings, checkpoint.optimizer is not None
     if not resumes:
@@ -160,7 +166,7 @@ def choose_start(preset: str | None, name: str | None, overrides: dict[str, Any]
 def _run_named(name: str, model_dir: Path) -> str:
     """The run that -m NAME or -m NAME/latest names; empty where it names something else."""
     run = name.removesuffix(".pth").removesuffix("/latest") if "/" in name else name
-    return run if run and "/" not in run and (model_dir / run / "latest.pth").is_file() else ""
+    return run if run and "/" not in run and os.path.isfile(model_dir / run / "latest.pth") else ""
 
 
 def _find_source(settings: Settings, latest: Path, name: str | None) -> Path:
@@ -191,7 +197,7 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     if run_states(path.stem, model_dir):
         raise Occupied(f"{path.stem} is the name of a run: name the file with --run")
     if not (trained := loaded[0].settings):
-        raise Mismatch(f"{first} is the published code's, which holds no settings: train on from it first")
+        raise Mismatch(f"{first} holds no settings, as it is another program's: train on from it first")
     changes = {name: value for name, value in overrides.items() if name in ("data_dir", "stage_num")}
     if changes.get("stage_num", 0) > trained.stage_num:
         raise Mismatch(f"{first} was trained with {trained.stage_num} stages: with more, the outputs diverge")

@@ -1,5 +1,6 @@
 """Optimization: learning rate, optimizer, the parts of a batch, and when a step is compiled or recorded."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -57,6 +58,51 @@ def make_optimizer(network: nn.Module, lr: float, kind: str = "adam") -> torch.o
     groups: list[dict[str, Any]] = [{"params": large, "merge_dims": True}, {"params": small}]
     constants: dict[str, Any] = {"betas": (0.95, 0.99), "shampoo_beta": 0.98, "precondition_frequency": 5}
     return SOAP(groups, lr=lr, weight_decay=0, max_precondition_dim=LARGEST_SIDE, **constants)
+
+
+def resume_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], network: nn.Module, kind: str) -> None:
+    """Give an optimizer of `network` the moments and counts of a checkpoint; its constants stay, whatever is stored.
+
+    Raises ValueError where they do not fit, which PyTorch would find out in the middle of a step, or not at all.
+    """
+    constants = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    trial = make_optimizer(copy.deepcopy(network), constants[0]["lr"], kind)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    trial.step()  # after which its state has the right form
+    try:
+        optimizer.load_state_dict(state)
+    except Exception as error:  # whatever PyTorch meets
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    for group, own in zip(optimizer.param_groups, constants, strict=True):
+        group.update(own)
+    found, right = optimizer.state_dict(), trial.state_dict()
+    pairs = [(values, right["state"].get(key)) for key, values in found["state"].items()]
+    both = zip(found["param_groups"], right["param_groups"], strict=True)
+    pairs += [({name: group.get(name) for name in other}, other) for group, other in both]
+    if any(_form(values) != _form(others) for values, others in pairs):
+        raise ValueError("another form of state")
+
+
+def _form(value: Any, name: Any = "") -> Any:
+    """What a value of an optimizer's state has in common in all steps: all of it but counts and tensors' elements."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, name != "step" or bool((value >= 0).all())
+    if isinstance(value, dict):
+        return {key: _form(each, key) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_form(each) for each in value]
+    return (int, True) if name == "step" and type(value) is int and value >= 0 else value
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in an optimizer's state."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for each in values.values() if isinstance(values, dict) else values:
+            yield from tensors(each)
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,8 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 import model
 from base import ranks
-from base.console import Progress, log
+from base.console import Interrupt, Progress, Stopped, log
 from base.devices import autocast, compute_dtype, pick_device
+from base.errors import NotFinite, UserError
 from cal_ssim import METRICS, scores, to_8bit
 from dataset import read_whole
 from fast.any_size import rain_layers
@@ -69,11 +71,12 @@ def open_network(preset: str | None, name: str | None, overrides: dict[str, Any]
 
 @dataclass(frozen=True)
 class Restoring:
-    """How an image is restored: the settings of the same names."""
+    """How an image is restored: the settings of the same names, and `check`, which may end it by an error."""
 
     memory_gib: float = 0.0  # bound on the process's memory; 0: what is free
     precision: str = "auto"
     mirror: bool = False  # take the mean with the restored mirror image
+    check: Callable[[], object] = lambda: None  # called after each part of the work, such as `Interrupt.check`
 
     @classmethod
     def of(cls, settings: Settings) -> "Restoring":
@@ -87,10 +90,15 @@ def restore(network: nn.Module, O: Tensor, how: Restoring = DEFAULT, stage_num: 
     """One rainy image `O` (3, H, W) in [0, 1] -> O - R_t, (3, H, W) in [0, 1], after each stage t.
 
     `stage_num` stops after so many stages. An image whose activations leave float16's range is computed in float32. The
-    progress of an image that takes long is shown.
+    progress of an image that takes long is shown. Raises NotFinite where a stage's output is not.
     """
+
+    def tick(share: float) -> None:
+        how.check()
+        bar.update(share)
+
     bar = Progress(desc="this image", total=1.0, delay=3, bar_format=BAR)
-    stages_of = partial(_with_mirror if how.mirror else rain_layers, network, O, stage_num, how.memory_gib, bar.update)
+    stages_of = partial(_with_mirror if how.mirror else rain_layers, network, O, stage_num, how.memory_gib, tick)
     stages = stages_of()
     precision, half = how.precision, compute_dtype(how.precision, O.device) == torch.float16
     with bar:
@@ -105,6 +113,8 @@ def restore(network: nn.Module, O: Tensor, how: Restoring = DEFAULT, stage_num: 
                 stages = itertools.islice(stages_of(), done, None)
                 half, precision = False, "float32"
                 R = next(stages)
+            if not R.isfinite().all():
+                raise NotFinite(f"stage {done + 1} of the network gives values that are not finite: take other weights")
             R = R.to(O.dtype)  # autocast may have made it 16 bits, on MPS
             yield torch.sub(O, R, out=R).clamp_(0, 1)
 
@@ -132,11 +142,16 @@ class ScoredPair(NamedTuple):
     B: Tensor
     scores: np.ndarray  # (1 + stages, METRICS): of the rainy input, then after each stage
 
+    def pictures(self) -> dict[str, Tensor]:
+        """The images by their names."""
+        stages = {f"stage {t}": image for t, image in enumerate(self.restored, 1)}
+        return {"input": self.O, **stages, "ground truth": self.B}
+
 
 def score_pairs(
     network: nn.Module, paths: list[Path], device: torch.device, how: Restoring = DEFAULT
-) -> Iterator[ScoredPair]:
-    """This rank's share of the pairs, restored and scored on `device` one after another.
+) -> Iterator[ScoredPair | UserError]:
+    """This rank's share of the pairs, restored and scored on `device` one after another; the reason where one can't be.
 
     The network is in eval mode meanwhile. `ranks.gather` puts the results of all ranks in the order of `paths`.
     """
@@ -145,29 +160,57 @@ def score_pairs(
     try:
         with replaying(network, device):
             for path in Progress(ranks.share(paths), unit="image"):
-                O, B = (image.to(device) for image in read_whole(path))
-                restored = restore_8bit(network, O, device, how)
-                rows = [scores(image, B) for image in (O, *restored)]
-                yield ScoredPair(path, O, restored, B, np.array([[row[name] for name in METRICS] for row in rows]))
+                try:
+                    pair = _score_pair(network, path, device, how)
+                except NotFinite as error:
+                    yield NotFinite(f"{path}: {error}")
+                except UserError as error:
+                    yield error
+                else:
+                    yield pair
     finally:
         network.train(was_training)
 
 
+def _score_pair(network: nn.Module, path: Path, device: torch.device, how: Restoring) -> ScoredPair:
+    O, B = (image.to(device) for image in read_whole(path))
+    restored, rows = restore_8bit(network, O, device, how), []
+    for image in (O, *restored):
+        how.check()
+        found = scores(image, B)
+        rows.append([found[name] for name in METRICS])
+    return ScoredPair(path, O, restored, B, np.array(rows))
+
+
 def validate(
-    network: nn.Module, criterion: nn.Module, paths: list[Path], device: torch.device, settings: Settings
+    network: nn.Module,
+    criterion: nn.Module,
+    paths: list[Path],
+    device: torch.device,
+    settings: Settings,
+    interrupt: Interrupt,
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Scores of whole validation pairs, and rank 0's first one as a picture.
 
     Returns `psnr` and `ssim` of the last stage, `psnr_input`, and `stage_t/loss`, `stage_t/psnr`, `stage_t/ssim`, all
     of the 8-bit images that would be saved, and the same on every rank. The picture is None where a rank has no pair.
+    Raises on every rank: Stopped where one is interrupted, or the first pair's error that can't be scored.
     """
-    preview, rows = None, []
-    for pair in score_pairs(network, paths, device, Restoring.of(settings)):
-        if preview is None:
-            stages = {f"stage {t}": image for t, image in enumerate(pair.restored, 1)}
-            preview = _labelled({"input": pair.O, **stages, "ground truth": pair.B})
-        rows.append((pair.scores, _stage_losses(criterion, pair)))
-    means, losses = (np.mean(values, 0) for values in zip(*ranks.gather(rows), strict=True))
+    preview, rows = None, list[Any]()
+    how = replace(Restoring.of(settings), check=interrupt.check)
+    with suppress(Stopped):
+        for pair in score_pairs(network, paths, device, how):
+            if isinstance(pair, ScoredPair):
+                preview = _labelled(pair.pictures()) if preview is None else preview
+                rows.append((pair.scores, _stage_losses(criterion, pair)))
+            else:
+                rows.append(pair)
+    if any(ranks.total([interrupt.requested])):
+        raise Stopped
+    rows = ranks.gather(rows)
+    if wrong := [row for row in rows if isinstance(row, UserError)]:
+        raise wrong[0]
+    means, losses = (np.mean(values, 0) for values in zip(*rows, strict=True))
     result = {"psnr": means[-1][0], "ssim": means[-1][1], "psnr_input": means[0][0]}
     for t, (row, loss) in enumerate(zip(means[1:], losses, strict=True), 1):
         result |= {f"stage_{t}/loss": loss, f"stage_{t}/psnr": row[0], f"stage_{t}/ssim": row[1]}

@@ -22,18 +22,36 @@ from tqdm import tqdm
 import losses
 import model
 from base import ranks
-from base.console import in_terminal, log
+from base.console import Interrupt, Stopped, command_line, in_terminal, log
 from base.devices import compute_dtype, describe, is_out_of_memory, pick_device
-from base.errors import BadArgument, LostProcess, Mismatch, NotFinite, NotWritable, Occupied, OutOfMemory
+from base.errors import (
+    BadArgument,
+    DamagedFile,
+    LostProcess,
+    Mismatch,
+    NotFinite,
+    NotWritable,
+    Occupied,
+    OutOfMemory,
+    UserError,
+)
 from base.files import lock, write_bytes
 from base.images import write_image
 from base.options import as_text
 from dataset import CropDataset, data_path, list_pairs, read_whole
 from runs import checkpoints
 from runs.checkpoints import Checkpoint, Start
-from runs.optimization import can_record, compile_network, in_steps, make_optimizer
+from runs.optimization import (
+    can_record,
+    compile_network,
+    in_steps,
+    learning_rate,
+    make_optimizer,
+    resume_optimizer,
+    tensors,
+)
 from runs.restore import validate
-from settings import FIELDS, describe_settings
+from settings import FIELDS, describe_settings, resolve
 
 try:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -121,7 +139,8 @@ class Training:
         self.start, self.requested = start, settings  # in epochs or steps: what the checkpoints hold
         self.settings = self.dataset.settings = settings = in_steps(settings, len(self.dataset.paths))
         self.criterion = losses.build(settings, read_labels is not None).to(self.device)
-        self.optimizer = make_optimizer(nn.ModuleList([self.network, self.criterion]), settings.lr, settings.optimizer)
+        self.trained = nn.ModuleList([self.network, self.criterion])
+        self.optimizer = make_optimizer(self.trained, settings.lr, settings.optimizer)
         self.can_record = can_record(settings, self.device)
         averaging = get_ema_multi_avg_fn(settings.average)
         self.averaged = AveragedModel(self.network, multi_avg_fn=averaging) if settings.average else None
@@ -129,6 +148,7 @@ class Training:
         self.best_psnr: float | None = None
         if start.checkpoint and start.checkpoint.optimizer is not None:
             self._resume(start.checkpoint, start.source)
+        self.owes_validation = ranks.from_first(self._owes_validation)
         self.parallel = self._parallel()
         self.saved_at = self.shown_at = time.monotonic()  # of the last checkpoint, and the last line about steps
         paths = list_pairs(folder / "val")
@@ -139,25 +159,37 @@ class Training:
 
     def _resume(self, checkpoint: Checkpoint, source: Path) -> None:
         self.step, self.best_psnr, self.seconds = checkpoint.step, checkpoint.best_psnr, checkpoint.seconds
-        optimizer, criterion = checkpoint.optimizer or {}, checkpoint.criterion or {}
-        if criterion.keys() != self._criterion_state().keys():
+        own, criterion = self._criterion_state(), checkpoint.criterion or {}
+        if criterion.keys() != own.keys():
             was = "with" if criterion else "without"
             raise Mismatch(f"{source} was trained {was} labels, which is another loss: name another run with --run")
+        checkpoints.check_weights(own, criterion, source)
         self.criterion.load_state_dict(criterion, strict=False)
-        if "fused" in self.optimizer.defaults:  # the device may be another one than the checkpoint's
-            for group in optimizer.get("param_groups", []):
-                group["fused"] = self.optimizer.defaults["fused"]
         try:
-            self.optimizer.load_state_dict(optimizer)
-        except (ValueError, KeyError):
-            raise Mismatch(f"{source} holds an optimizer's state that is not that of this network") from None
+            resume_optimizer(self.optimizer, checkpoint.optimizer or {}, self.trained, self.settings.optimizer)
+        except ValueError:
+            advice = "start a new training from its -a export"
+            raise Mismatch(f"{source} holds an optimizer's state that does not fit this network: {advice}") from None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, max(0, self.step - 1))
         if self.averaged and checkpoint.average:
-            self.averaged.module.load_state_dict(checkpoint.average)
+            checkpoints.load_weights(self.averaged.module, checkpoint, source, average=True)
             self.averaged.n_averaged += 1  # else the first step would overwrite it
-        if checkpoint.random:
-            torch.set_rng_state(checkpoint.random["cpu"])
-            if self.device.type == "cuda" and "cuda" in checkpoint.random:
+        try:
+            if checkpoint.random:
+                torch.set_rng_state(checkpoint.random["cpu"])
+            if checkpoint.random and self.device.type == "cuda" and "cuda" in checkpoint.random:
                 torch.cuda.set_rng_state(checkpoint.random["cuda"], self.device)
+        except RuntimeError as error:
+            raise DamagedFile(f"{source} holds no state of PyTorch's random numbers ({error})") from None
+        if not self._is_finite():
+            raise NotFinite(f"{source} holds an optimizer's state that is not finite: start from its -a export")
+
+    def _owes_validation(self) -> bool:
+        """Whether the step where this run resumes should have been validated, but the program was stopped before."""
+        settings, own = self.settings, self.start.source == self.path("latest")
+        due = self.step % settings.save_steps == 0 or self.step == settings.steps
+        return own and self.step > 0 and due and not self.path(f"step_{self.step}").is_file()
 
     def _criterion_state(self) -> dict[str, Tensor]:
         """The weights that the loss learns; those that are given, such as VGG's, are not saved."""
@@ -221,33 +253,52 @@ class Training:
         for name in names:
             checkpoints.save(self.path(name), checkpoint)
 
-    def validate_and_save(self) -> None:
-        """Score the validation pairs, by the averaged weights if there are any, and write the checkpoints."""
+    def validate_and_save(self, interrupt: Interrupt) -> None:
+        """Score the validation pairs, by the averaged weights if there are any, and write the checkpoints.
+
+        After Ctrl-C or SIGTERM nothing is written and the validation is owed. So it is where a pair can't be read, and
+        then its error is raised after the state is saved.
+        """
         self._check_weights()
-        started = time.monotonic()
+        self.owes_validation, started = True, time.monotonic()
         network = self.averaged.module if self.averaged else self.network
-        result, preview = validate(network, self.criterion, self.validation, self.device, self.settings)
+        try:
+            result, preview = validate(network, self.criterion, self.validation, self.device, self.settings, interrupt)
+        except Stopped:
+            log.info(f"validation at step {self.step} is given up; it is the first thing when this run resumes")
+            return
+        except UserError as error:
+            if not isinstance(error, NotFinite):
+                self.save("latest")
+            raise
+        self.owes_validation = False
         names = ["latest", f"step_{self.step}"]
         if self.best_psnr is None or result["psnr"] > self.best_psnr:
             self.best_psnr = float(result["psnr"])
             names.insert(0, "best")  # before `latest`, so that a kill between the two repeats this validation
         if ranks.is_first() and preview is not None:  # rank 0 has a pair
-            self.curves.add(self.step, "eval", result)
-            self.curves.add_picture(self.step, "eval/preview", preview)
-            write_image(self.settings.log_path / "preview.png", preview)
-            stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
-            log.info(  # paper/tables.py and bench/trainings.py read this line
-                f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
-                f"ssim {result['ssim']:.4f}, {time.monotonic() - started:.2f} s"
-            )
+            self._log_validation(result, preview, time.monotonic() - started)
         self.save(*names)
         self.lap_started += time.monotonic() - started  # validations don't count as training
 
+    def _log_validation(self, result: dict[str, float], preview: np.ndarray, seconds: float) -> None:
+        self.curves.add(self.step, "eval", result)
+        self.curves.add_picture(self.step, "eval/preview", preview)
+        write_image(self.settings.log_path / "preview.png", preview)
+        stages = ", ".join(f"{result[f'stage_{t}/psnr']:.2f}" for t in range(1, self.network.output_num + 1))
+        log.info(  # paper/tables.py and bench/trainings.py read this line
+            f"validation at step {self.step}: psnr by stage {stages} dB (input {result['psnr_input']:.2f}), "
+            f"ssim {result['ssim']:.4f}, {seconds:.2f} s"
+        )
+
     def _check_weights(self) -> None:
-        """A step may spoil the weights though its loss is finite."""
-        modules = (self.network, self.criterion)
-        if not all(parameter.isfinite().all() for module in modules for parameter in module.parameters()):
-            raise self._not_finite(f"the weights are not finite after step {self.step}")
+        """A step may spoil the weights, or freeze them by an infinite moment, though its loss is finite."""
+        if not self._is_finite():
+            raise self._not_finite(f"the weights, or the optimizer's state, are not finite after step {self.step}")
+
+    def _is_finite(self) -> bool:
+        values = (*self.trained.parameters(), *tensors(dict(self.optimizer.state)))
+        return all(tensor.isfinite().all() for tensor in values)
 
     def _not_finite(self, what: str) -> NotFinite:
         rate = self.optimizer.param_groups[0]["lr"]
@@ -289,7 +340,7 @@ class Training:
         """Until `stack` ends, the log also goes to train.log, which is locked. Raises Occupied where it is already."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(folder / "train.log")
+            handler = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise NotWritable(f"{folder} can't be written: {error.strerror}") from None
         stack.callback(handler.close)
@@ -339,10 +390,15 @@ class Training:
         return {"loss": f"{result['loss']:.5f}", "psnr": f"{psnr:.2f}"}
 
     def log_end(self) -> None:
-        """Say where the checkpoint is, and what to do next."""
+        """Say where the checkpoint is, and the command that comes next."""
         settings, latest, best = self.settings, self.path("latest"), self.path("best")
-        if self.step < settings.steps:
+        if self.step < settings.steps or self.owes_validation:
             log.info(f"stopped at step {self.step}; the same command resumes from {latest}")
             return
         more, path = "epochs" if self.requested.epochs else "steps", best if best.is_file() else latest
-        log.info(f"{settings.steps} steps are done: {path}; next -a test -m {settings.run}, or train on with --{more}")
+        words = ["-a", "test", "-m", settings.run]
+        for name in ("model_dir", "log_dir"):
+            if (folder := getattr(settings, name)) != getattr(resolve(), name):
+                words += [f"--{name}", folder]
+        done = f"{settings.steps} steps are done: {path}; more by --{more}; to test it:"
+        log.info(f"{done}\n{command_line('main.py', *words)}")

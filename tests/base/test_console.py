@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM; commands to paste; progress."""
+"""Ctrl-C and SIGTERM; commands to paste; words that are empty; progress."""
 
 import logging
 import shlex
@@ -8,7 +8,8 @@ import sys
 import pytest
 import tqdm.std
 
-from base.console import Interrupt, LogHandler, Progress, command_line, log
+from base.console import Interrupt, LogHandler, Parser, Progress, Stopped, command_line, log
+from base.errors import BadArgument
 from base.files import ROOT
 
 
@@ -114,3 +115,27 @@ def test_lines_of_progress_go_through_the_log_once(monkeypatch, capsys):
     for _ in Progress(range(4), unit="image"):
         pass
     assert [line.split(" images")[0] for line in capsys.readouterr().out.splitlines()] == ["1 of 4", "2 of 4", "3 of 4"]
+
+
+def test_a_second_interrupt_ends_at_once_unless_it_follows_the_first_closely(monkeypatch):
+    with Interrupt() as interrupt:
+        interrupt.check()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):
+            interrupt.check()
+        monkeypatch.setattr(Interrupt, "AGAIN", -1.0)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("words", [["-m", ""], ["-i", "a", ""]])
+def test_empty_words_are_refused(words):
+    parser = Parser()
+    parser.add_argument("-m")
+    parser.add_argument("-n", default="")
+    parser.add_argument("-i", nargs="+", action="extend")
+    assert parser.parse_args([]).n == ""
+    with pytest.raises(BadArgument):
+        parser.parse_args(words)

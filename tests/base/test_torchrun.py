@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -277,6 +278,33 @@ def test_sigterm_ends_all_after_the_same_step(folder):
     assert read(folder, "stopped").step == len(curve(folder, "stopped", "train/loss"))
 
 
+def test_a_validation_is_given_up_by_all_where_one_is_interrupted(folder):
+    """The signal reaches one process alone, in the middle of a validation; the resumed run makes it good."""
+    shutil.copytree(folder / "data", folder / "large")
+    cv2.imwrite(str(folder / "large" / "val" / "1.png"), np.hstack(make_pair(600, 600)))
+    words = [
+        *TINY,
+        "--steps",
+        2,
+        *OFTEN,
+        "--save_steps",
+        1,
+        *places(folder, "given_up"),
+        "--data_dir",
+        folder / "large",
+    ]
+    with torchrun("-a", "train", *words) as process:
+        while not process.stdout.readline().startswith("step 1/"):
+            pass
+        os.kill(children(process)[1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    models = folder / "models" / "given_up"
+    assert [path.name for path in models.iterdir()] == ["latest.pth"]
+    train_in_ranks(folder, 2, "given_up", *TINY, "--steps", 1, "--data_dir", folder / "data")
+    assert read(folder, "given_up", "step_1").best_psnr is not None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where the list of processes lies is Linux's")
 def test_a_killed_process_ends_the_others(folder):
     latest = folder / "models" / "killed" / "latest.pth"
@@ -322,6 +350,17 @@ def test_the_table_is_that_of_one_process(folder, trained):
     tables = [list((folder / f"table_{n}").rglob("*.csv")) for n in (count, 1)]
     assert [len(table) for table in tables] == [1, 1]
     assert tables[0][0].read_bytes() == tables[1][0].read_bytes()
+
+
+def test_a_broken_pair_of_one_process_keeps_the_scores_of_all(folder, trained):
+    data = folder / "broken"
+    shutil.copytree(folder / "data" / "val", data / "test")
+    (data / "test" / "1.png").write_text("no image")
+    words = ["-a", "test", "-m", "two/latest", *places(folder, "two"), "--data_dir", data, "--log_dir", folder / "kept"]
+    ended = in_ranks(folder, 2, [*words, "--device", "cpu"])
+    assert [status for status, _ in ended] == [1, 0], ended
+    (table,) = (folder / "kept").rglob("*.csv")
+    assert [row["image"] for row in read_csv(table)] == ["0.png", "2.png"]
 
 
 def test_the_table_of_both_trainings_is_the_same(folder, trained):

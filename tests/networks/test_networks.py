@@ -1,6 +1,7 @@
 """What the loops ask of every network, of the two that are not DSEN: whole images, little memory, cost, learning."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -365,3 +366,27 @@ def test_two_crops_are_learnt_by_heart(name, values):
         scores.append(cal_ssim.psnr(O - network(O)[-1], B))
     assert scores[0].max() < 20
     assert scores[1].min() > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("dsen", {"depth": 4}),
+        ("sdsen_s2", {"depth": 4}),
+        ("cnn", {"depth": 4}),
+        ("coarse2fine", {"stage_num": 2, "depth": 2}),
+        ("php", {}),
+        ("php_non_local", {}),
+    ],
+)
+def test_an_empty_batch_has_empty_rain_layers_and_an_empty_image_is_refused(name, values):
+    network = model.build(resolve(name, values))
+    for training in (True, False):
+        empty = network.train(training)(torch.rand(0, 3, 12, 16))
+        assert [tuple(R.shape) for R in empty] == [(0, 3, 12, 16)] * network.output_num
+        sum(R.sum() for R in empty).backward()
+    for shape in ((1, 3, 0, 16), (1, 3, 12, 0)):
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            network(torch.rand(shape))
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            next(rain_layers(network, torch.rand(shape)[0]))

@@ -8,11 +8,14 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
+import cv2
+import numpy as np
 import pytest
 
 from base.errors import Occupied
 from base.files import ROOT
 from commands import LONG, SMALL, call, read, same_state
+from conftest import make_pair
 
 pytestmark = pytest.mark.slow  # processes, whose imports take seconds
 
@@ -42,6 +45,17 @@ if __name__ == "__main__":
     {first}
     multiprocessing.set_start_method({method!r})
     console.run_script(main.main)
+"""
+
+
+SLOW_SAVE = """
+import sys, time
+sys.path.insert(0, {config!r})
+import main
+from base import console
+from runs import training
+{hang}
+console.run_script(main.main)
 """
 
 
@@ -155,3 +169,28 @@ def test_a_kill_leaves_the_last_checkpoint_and_the_steps_go_on_from_it(places, t
     assert steps[-3:] == [step + 1, step + 2, step + 3]
     call("-a", "train", *SMALL, *places, "--run", "unbroken", "--steps", step + 3, "--save_steps", 1000)
     assert same_state(read(tmp_path, "latest"), read(tmp_path, "latest", "unbroken"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_validation_answers_at_once(places, tmp_path, times):
+    """The image takes minutes. Once: saved and owed. Once more, seconds later, in the save that hangs: the end."""
+    pair = np.hstack(make_pair(1500, 1500))
+    cv2.imwrite(str(tmp_path / "data" / "val" / "0.png"), pair)
+    script = tmp_path / "training.py"
+    hang = "training.Training.save = lambda *_: time.sleep(600)" if times == 2 else ""
+    script.write_text(SLOW_SAVE.format(config=str(ROOT / "config"), hang=hang))
+    words = [*SMALL[:-4], "--stage_num", 8, "--device", "cpu", *places, "--steps", 9, "--log_steps", 1]
+    words += ["--save_steps", 1, "--memory_gib", 0.3]
+    command = [sys.executable, str(script), "-a", "train", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not process.stdout.readline().startswith("step 1/"):
+            pass
+        time.sleep(2)
+        started = time.monotonic()
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(3)
+        output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < 30
+    assert process.returncode == (0 if times == 1 else 130), output
+    assert [path.name for path in (tmp_path / "model_dir").rglob("*.pth")] == (["latest.pth"] if times == 1 else [])

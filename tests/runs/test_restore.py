@@ -9,7 +9,7 @@ import torch
 
 import model
 from base.devices import compute_dtype
-from base.errors import Mismatch
+from base.errors import DamagedFile, Mismatch, NotFinite
 from cal_ssim import METRICS, scores
 from dataset import list_pairs, read_whole
 from fast import convolution, strips, windows
@@ -225,3 +225,23 @@ def test_scoring_is_in_eval_mode_and_leaves_the_networks_own(saved, data_dir, tr
     for _ in score_pairs(network, list_pairs(data_dir / "val")[:1], CPU, FLOAT32):
         assert not network.training
     assert network.training == training
+
+
+def test_an_output_that_is_not_finite_is_refused_and_the_pair_named(saved, data_dir):
+    """Though the weights are finite: never a picture of clipped values, never a score."""
+    network, paths = saved[0].eval(), list_pairs(data_dir / "val")
+    with torch.no_grad():
+        network.dec[3].weight.fill_(3e38)
+    with pytest.raises(NotFinite):
+        list(restore(network, torch.rand(3, 13, 8)))
+    found = list(score_pairs(network, paths, CPU))
+    assert all(isinstance(each, NotFinite) for each in found)
+    assert str(paths[0]) in str(found[0])
+
+
+def test_a_broken_pair_is_its_error_among_the_scores_of_the_others(saved, data_dir):
+    paths = list_pairs(data_dir / "val")
+    paths[1].write_text("no image")
+    first, second, third = score_pairs(saved[0], paths, CPU)
+    assert isinstance(second, DamagedFile)
+    assert [pair.path for pair in (first, third)] == [paths[0], paths[2]]

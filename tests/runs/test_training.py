@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from types import SimpleNamespace
@@ -15,11 +16,11 @@ import torch
 import fake_graphs
 import main
 import show
-from base.errors import BadArgument, NotFinite, NotWritable, OutOfMemory
+from base.errors import BadArgument, DamagedFile, NotFinite, NotWritable, OutOfMemory
 from commands import LONG, OTHERS, SMALL, TINY, call, events, files, read, read_csv, same_state, same_weights, scalars
 from conftest import write_vgg
 from fake_cuda import keep_on_cpu
-from runs import checkpoints, training
+from runs import checkpoints, restore, training
 from runs.restore import BAND
 
 
@@ -147,6 +148,67 @@ def test_slow_steps_show_a_line_a_minute_and_no_more(places, tmp_path, monkeypat
     assert [line.split()[2] for line in lines if line.startswith("at step")] == ["7", "19"]
 
 
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_a_validation_that_is_stopped_is_made_good(places, tmp_path, monkeypatch, stopped_at):
+    """It ends with the image's score that is being computed; the resumed run is the unbroken one."""
+    words = ["-a", "train", *SMALL, *LONG, *places, "--steps", 4]
+    call(*words, "--run", "unbroken")
+    calls, scores = [], restore.scores
+
+    def score_and_stop(*images):
+        calls.append(1)
+        if len(calls) == 6 * (stopped_at // 2 - 1) + 2:  # six scores of two pairs in each validation
+            signal.raise_signal(signal.SIGTERM)
+        return scores(*images)
+
+    monkeypatch.setattr(restore, "scores", score_and_stop)
+    call(*words)
+    assert len(calls) == 6 * (stopped_at // 2 - 1) + 2
+    assert read(tmp_path, "latest").step == stopped_at
+    assert not (tmp_path / "model_dir" / "sdsen" / f"step_{stopped_at}.pth").exists()
+    call(*words)
+    for name in ("step_2", "step_4", "best", "latest"):
+        one, other = read(tmp_path, name), read(tmp_path, name, "unbroken")
+        assert same_state(one, other)
+        assert one.best_psnr == other.best_psnr
+    before = len(calls)
+    call(*words)  # nothing is owed now
+    assert len(calls) == before
+
+
+def test_a_validation_pair_that_breaks_meanwhile_costs_no_step(places, tmp_path, monkeypatch):
+    step, pair = main.train_step, tmp_path / "data" / "val" / "2.png"
+    content = pair.read_bytes()
+
+    def step_and_break(*arguments, **keywords):
+        pair.write_text("no image")
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(main, "train_step", step_and_break)
+    words = ["-a", "train", *SMALL, *LONG, *places, "--steps", 2]
+    with pytest.raises(DamagedFile, match=re.escape(str(pair))):
+        call(*words)
+    assert read(tmp_path, "latest").step == 2
+    pair.write_bytes(content)
+    call(*words)
+    assert read(tmp_path, "step_2").best_psnr is not None
+
+
+def test_an_infinite_moment_replaces_no_checkpoint(places, tmp_path, monkeypatch):
+    """Adam would not move such a weight again, and its loss stays finite."""
+    step = main.train_step
+
+    def overflow(network, optimizer, *arguments, **keywords):
+        result = step(network, optimizer, *arguments, **keywords)
+        optimizer.state[network.dec[3].bias]["exp_avg_sq"][0] = float("inf")
+        return result
+
+    monkeypatch.setattr(main, "train_step", overflow)
+    with pytest.raises(NotFinite):
+        call("-a", "train", *SMALL, *LONG, *places, "--steps", 2)
+    assert not files(tmp_path / "model_dir")
+
+
 def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, tmp_path):
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
     lines = (tmp_path / "log_dir" / "sdsen" / "train.log").read_text().splitlines()
@@ -154,7 +216,9 @@ def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, 
     before, after = lines[:first_step], lines[first_step:]
     assert {f"  {field} = {value}" for field, value in (("channel", 2), ("lr", 0.001), ("val_images", 2))} <= {*before}
     assert str(tmp_path / "data" / "val") in "".join(before)
-    assert str(tmp_path / "model_dir" / "sdsen" / "best.pth") in after[-1]  # where it is, and what comes next
+    assert str(tmp_path / "model_dir" / "sdsen" / "best.pth") in after[-2]
+    call(*shlex.split(after[-1])[2:])  # the command that comes next
+    assert len(read_csv(tmp_path / "log_dir" / "sdsen" / "test_best.csv")) == 2
 
 
 @pytest.fixture
