@@ -132,7 +132,7 @@ read_overrides = partial(options.read_words, FIELDS)  # settings of a command li
 def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
     """Defaults, then the preset, then the overrides. Raises BadArgument on an unknown name or an impossible value."""
     if preset not in presets.PRESETS:
-        raise BadArgument(f"unknown preset {preset!r}{options.nearest(preset, presets.PRESETS)}")
+        raise BadArgument(f"unknown preset {preset!r}{options.nearest(preset, presets.PRESETS)} (list: -a models)")
     own = override(Settings(), {"run": preset, **presets.PRESETS[preset].differences})
     return override(own, overrides or {})
 
