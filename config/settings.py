@@ -142,7 +142,7 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
 def resolve(preset: str = "sdsen", overrides: dict[str, Any] | None = None) -> Settings:
     """Defaults, then the preset, then the overrides. Raises BadArgument on an unknown name or an impossible value."""
     if preset not in presets.PRESETS:
-        raise BadArgument(f"unknown preset {preset!r}{options.nearest(preset, presets.PRESETS)}")
+        raise BadArgument(f"unknown preset {preset!r}{options.nearest(preset, presets.PRESETS)} (list: -a models)")
     own = override(Settings(), {"run": preset, **presets.PRESETS[preset].differences})
     return override(own, overrides or {})
 

@@ -141,7 +141,7 @@ def find(options: dict[str, Option], name: str) -> Option:
 
 def nearest(word: Any, known: Iterable[str]) -> str:
     """The end of an error about an unknown word: the nearest known one, or all if they are few."""
-    known = list(filter(None, known))
+    known = list(dict.fromkeys(filter(None, known)))
     close = difflib.get_close_matches(str(word), known, 1, NEAR)
     return f"; the nearest is {close[0]}" if close else f"; there are {', '.join(known)}" if len(known) <= FEW else ""
 

@@ -20,7 +20,7 @@ from base.errors import BadArgument, DamagedFile, NotFinite, NotWritable, OutOfM
 from commands import LONG, OTHERS, SMALL, TINY, call, events, files, read, read_csv, same_state, same_weights, scalars
 from conftest import write_vgg
 from fake_cuda import keep_on_cpu
-from runs import checkpoints, restore, training
+from runs import checkpoints, curves, restore, training
 from runs.restore import BAND
 
 
@@ -431,7 +431,7 @@ def test_another_error_of_a_step_comes_through(places, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
 def test_full_disk_is_one_error(tmp_path, monkeypatch):
-    points = training.Curves(tmp_path, 0)
+    points = curves.Curves(tmp_path, 0)
     points.add(1, "train", {"a": 1.0})
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     with open("/dev/full", "wb", buffering=0) as full:
@@ -443,15 +443,15 @@ def test_full_disk_is_one_error(tmp_path, monkeypatch):
 
 def test_a_resumed_run_drops_the_points_behind_its_checkpoint_and_no_others(tmp_path):
     """TensorBoard drops what lies at the step of a start, or behind it."""
-    training.Curves(tmp_path, 7)
+    curves.Curves(tmp_path, 7)
     assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [8]
 
 
 def test_without_tensorboardx_there_is_a_line_and_no_file(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(training, "Event", None)
-    monkeypatch.setattr(training.log, "warning", lines.append)
-    nothing = training.Curves(tmp_path, 0)
+    monkeypatch.setattr(curves, "Event", None)
+    monkeypatch.setattr(curves.log, "warning", lines.append)
+    nothing = curves.Curves(tmp_path, 0)
     nothing.add(1, "train", {"a": 1.0})
     assert len(lines) == 1
     assert not list(tmp_path.iterdir())
