@@ -106,6 +106,7 @@ def spoil(values, rng):
     return rng.choice(VALUES)
 
 
+@pytest.mark.slow
 def test_damaged_fields_are_errors_for_the_user_or_do_no_harm(places, tmp_path):
     """Neither opening such a checkpoint, nor resuming there and taking a step, ends with another error."""
     call("-a", "train", *SMALL, *LONG, *places, "--steps", 2, "--average", 0.5)
