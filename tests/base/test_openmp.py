@@ -52,7 +52,7 @@ def test_it_is_set_when_torch_is_imported(path):
     if path.name == "report.py":  # imports nothing but the standard library
         assert not found
     else:
-        assert found == {"GOMP_SPINCOUNT": "1000"}
+        assert found == {"GOMP_SPINCOUNT": "3000"}
 
 
 @pytest.mark.parametrize("name", sorted(openmp.VARIABLES))
