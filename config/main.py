@@ -41,7 +41,7 @@ from fast import graphs
 from fast.graphs import Replay
 from paper import command, tilt
 from presets import PRESETS
-from runs.checkpoints import choose_start, export
+from runs.checkpoints import EXPORT_FIELDS, choose_start, export
 from runs.optimization import Outcome, learning_rate, split_batch, step_scores, synchronized
 from runs.restore import NEARLY_INPUT, Restoring, open_network, score_pairs
 from runs.training import Training
@@ -227,7 +227,7 @@ _TESTED = "data_dir run model_dir log_dir mirror log_level device precision memo
 ACTIONS: dict[str, Iterable[str]] = {  # and the settings that its help lists
     "train": [name for name in FIELDS if name != "show_dir"],
     "test": [*NETWORK_FIELDS, *_TESTED],
-    "export": ["run", "model_dir", "log_level"],
+    "export": EXPORT_FIELDS,
     "models": [],
     "tables": [],  # see paper/command.py
     "tilt": ["rain", "seed", *_TESTED],

@@ -21,6 +21,7 @@ from runs.formats import FORMAT
 from settings import FIELDS, NETWORK_FIELDS, Settings, from_dict, map_paths, override, resolve, to_dict
 
 OTHER_VALIDATION = {"data_dir", "val_images", "stage_num"}  # with these changed, PSNRs are not those of before
+EXPORT_FIELDS = ("run", "data_dir", "stage_num", "model_dir", "log_level")  # settings that `export` takes
 
 
 @dataclass
@@ -184,8 +185,8 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     number of stages. Folders outside the repository, which belong to one machine, are left out. Raises Occupied where a
     run has the file's name.
     """
-    if strange := overrides.keys() - {"run", "data_dir", "stage_num", "model_dir", "log_level"}:
-        raise BadArgument(f"-a export takes --run, --data_dir, --stage_num and --model_dir, not --{min(strange)}")
+    if strange := overrides.keys() - {*EXPORT_FIELDS}:
+        raise BadArgument(f"-a export takes {', '.join(f'--{name}' for name in EXPORT_FIELDS)}, not --{min(strange)}")
     model_dir, run = Path(resolve(overrides=overrides).model_dir), overrides.get("run")
     sources = [find(name, model_dir) for name in names]
     if len(sources) > 1 and not run:
