@@ -59,7 +59,7 @@ class Settings(Coarse2FineSettings, PHPSettings):
     )
     aug_data: str = _data(
         "none",
-        "rotate by up to 30 degrees (paper: DA), quarter_turns (paper: C4DA), flip, or scale: rotate, flip, resize",
+        "rotate: by up to 30 degrees (paper: DA); quarter_turns (paper: C4DA); flip; scale: rotate, flip and resize",
         choices=("rotate", "quarter_turns", "flip", "scale"),
     )
     patch_size: int = _data(64, "side of the training crops, pixels (paper: 64)", minimum=1)
@@ -104,10 +104,10 @@ class Settings(Coarse2FineSettings, PHPSettings):
     save_steps: int = _training(500, "steps between validations, each with a checkpoint step_N", minimum=1)
     save_minutes: float = _advanced(5.0, "minutes after which latest.pth is also written", minimum=0)
 
-    run: str = _output("", "name of the run's folders in model_dir, log_dir and show_dir; empty: the preset")
+    run: str = _output("", "name of the run and its folders; default: the preset's")
     model_dir: str = _output("models", "folder of the checkpoints", path=True)
     log_dir: str = _output("logdir", "folder of TensorBoard events, logs and scores", path=True)
-    show_dir: str = _output("showdir", "folder of the restored images and the gallery", path=True)
+    show_dir: str = _output("showdir", "folder of the restored images and their pages", path=True)
     device: str = _hardware("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N")
     precision: str = _hardware(
         "auto", "auto: CUDA GPUs train in bf16, test in fp16; else float32", choices=("float32", "bf16", "fp16")

@@ -228,7 +228,7 @@ def main(arguments: list[str]) -> int:
     group.add_argument("--stages", type=int, metavar="K", help="stop after stage K: faster, but worse")
     group = parser.add_argument_group("Input")
     group.add_argument("-i", "--input", nargs="+", action="extend", metavar="PATH", help="images, folders of images")
-    group.add_argument("--recursive", action="store_true", help="read the folders in folders as well")
+    group.add_argument("--recursive", action="store_true", help="include subfolders")
     group = parser.add_argument_group("Output")
     text = "folder for the results (default: SHOW_DIR/RUN) or, for one image, a file whose suffix is the format"
     group.add_argument("-o", "--output", type=to_path, metavar="PATH", help=text)
