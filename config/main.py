@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-a", "--action", required=True, choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
     group = parser.add_argument_group("Model")
     group.add_argument("-p", "--preset", help="a row of a paper's table (list: -a models); default: sdsen")
-    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; -a tilt and -a export take several"
+    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; tilt and export take several"
     group.add_argument("-m", "--model", nargs="+", help=text)
     known, words = parser.parse_known_args(arguments)
     names = known.model or []
