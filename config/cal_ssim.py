@@ -5,6 +5,7 @@ images. `psnr` and `ssim` are of RGB (equal weights), `psnr_y` and `ssim_y` of t
 PSNR is at most 58.92 dB, that of rounding to 8 bits: equal images have a finite score, and means compare.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,7 @@ METRICS = ("psnr", "ssim", "psnr_y", "ssim_y")
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004
 STRIP = 512  # rows of a large image that are scored at once
 ROUNDING = 1 / 12  # mean squared error of rounding to 8 bits, levels squared; the smallest that counts
+LARGEST_PSNR = 10 * math.log10(255**2 / ROUNDING) + 1e-6  # dB, and the rounding of its computation
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:

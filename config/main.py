@@ -12,10 +12,12 @@ Settings are given as --name value. `main.py -a ACTION -h` lists those of an act
 
 import base.openmp  # noqa: F401
 
+import argparse
 import csv
 import io
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -165,7 +167,8 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> int
 
     Pairs that can't be scored are left out and named; the exit status is then 1. Raises UserError if no pair can be.
     """
-    network, settings, path, step = open_network(preset, name, overrides)
+    opened = open_network(preset, name, overrides)
+    network, settings, path, step = opened
     folder, device = data_path(settings) / "test", pick_device(settings.device)
     paths = list_pairs(folder)
     log.info(f"{path} (step {step}) on the {len(paths)} pairs of {folder}, {device}")
@@ -183,8 +186,7 @@ def test(preset: str | None, name: str | None, overrides: dict[str, Any]) -> int
     rows = [row for row in rows if not isinstance(row, UserError)]
     if not rows:
         raise left_out[0]
-    own_folder = settings.log_path if path.parent.name == settings.run else Path(settings.log_dir)
-    csv_path = own_folder / f"test_{path.stem}.csv"
+    csv_path = Path(settings.log_dir) / opened.run / f"test_{path.stem}.csv"
     write_scores(csv_path, rows)
     log.info(f"8-bit RGB, and Y of rgb2ycbcr, means over {len(rows)} images; each image's scores: {csv_path}")
     change = np.mean([row[3] for row in rows])
@@ -200,7 +202,9 @@ def write_scores(path: Path, rows: list[tuple[str, int, int, float, np.ndarray]]
 
     The scores of an image are (1 + stages, METRICS): those of the input, then after each stage.
     """
-    means = np.nanmean([row[-1] for row in rows], 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nan where all images are smaller than SSIM's window
+        means = np.nanmean([row[-1] for row in rows], 0)
     places = ["input", *(f"stage_{t}" for t in range(1, len(means)))]
     log.info(" " * 10 + "".join(f"{metric:>10}" for metric in METRICS))
     for place, values in zip(places, means, strict=True):
@@ -242,17 +246,22 @@ def check_arguments(action: str, preset: str | None, names: list[str], words: li
         raise BadArgument(f"-a {action} is about checkpoints: name them with -m, without -p")
     if action not in ("export", "tilt") and len(names) > 1:
         raise BadArgument(f"-m takes one checkpoint, got {' '.join(names)}")
+    if action == "tilt" and len({*names}) < len(names):
+        raise BadArgument(f"-m names a checkpoint twice: {' '.join(names)}")
 
 
 def main(arguments: list[str]) -> int:
-    if "tables" in arguments and {"-h", "--help"} & set(arguments):
+    actions = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    actions.add_argument("-a", "--action", nargs="?")
+    action = actions.parse_known_args(arguments)[0].action
+    if action == "tables" and {"-h", "--help"} & set(arguments):
         return command.main(["--help"])
-    shown = next((names for action, names in ACTIONS.items() if action in arguments), FIELDS)
+    shown = ACTIONS.get(action, FIELDS)
     parser = make_parser({name: FIELDS[name] for name in FIELDS if name in shown}, __doc__)
     parser.add_argument("-a", "--action", required=True, choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
     group = parser.add_argument_group("Model")
     group.add_argument("-p", "--preset", help="a row of a paper's table (list: -a models); default: sdsen")
-    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file; tilt and export take several"
+    text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file (tilt, export: several)"
     group.add_argument("-m", "--model", nargs="+", help=text)
     known, words = parser.parse_known_args(arguments)
     names = known.model or []

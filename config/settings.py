@@ -6,6 +6,7 @@ in presets start at the repository, those of a command line at the caller's work
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -161,9 +162,9 @@ def override(settings: Settings, overrides: dict[str, Any]) -> Settings:
         "aggregation max and mean pool orientations: not group z2": s.group == "z2" and s.aggregation != "conv",
         "clean_dir needs a style of synthetic rain: --rain": s.clean_dir and not s.rain,
         f"loss {s.loss} needs patch_size 11 or more": s.loss.startswith("ssim") and s.patch_size < 11,
-        f"milestones must rise, got {s.milestones}": list(s.milestones) != sorted({*s.milestones} - {0}),
+        f"milestones must rise, got {s.milestones}": list(s.milestones) != sorted(m for m in {*s.milestones} if m > 0),
         f"average must be below 1, such as 0.999, got {s.average}": s.average >= 1,
-        f"run is a folder's name, got {s.run!r}": s.run in (".", "..") or set(s.run) & set("/\\\0"),
+        f"run is a folder's name, got {s.run!r}": s.run in (".", "..") or re.search(r"[/\\\0-\x1f]", s.run),
         f"run is a folder's name of at most {LONGEST} bytes": len(s.run.encode(errors="surrogatepass")) > LONGEST,
         f"channel, depth and stage_num are at most {MOST}": max(s.channel, s.depth, s.stage_num) > MOST,
         "numbers must be below 2^63": any(type(value) is int and value >= 2**63 for value in overrides.values()),

@@ -179,6 +179,22 @@ def test_a_broken_pair_costs_only_its_own_scores(places, tmp_path, monkeypatch):
         call("-a", "test", "-m", "sdsen", *places)
 
 
+def test_scores_lie_with_the_run_of_the_checkpoints_folder(places, tmp_path):
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    (tmp_path / "model_dir" / "sdsen").rename(tmp_path / "model_dir" / "renamed")
+    call("-a", "test", "-m", "renamed", *places)
+    assert [path.name for path in (tmp_path / "log_dir" / "renamed").iterdir()] == ["test_best.csv"]
+
+
+@pytest.mark.parametrize("words", [["-a", "export", "--run", "train"], ["--action=export"]])
+def test_the_help_is_that_of_the_action(words, capsys):
+    with pytest.raises(SystemExit):
+        call(*words, "-h", "all")
+    text = capsys.readouterr().out
+    assert "--stage_num" in text
+    assert "--lr" not in text
+
+
 def test_names_that_are_no_text_are_written(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     main.write_scores(tmp_path / "scores.csv", [(name, 9, 9, 1.0, np.ones((2, 4)))])

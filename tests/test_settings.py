@@ -102,6 +102,8 @@ def test_words_that_are_refused(words):
         {"link": "concatenate"},
         {"milestones": (5, 3)},
         {"milestones": (0, 3)},
+        {"milestones": (-5, 3)},
+        {"run": "a\nb"},
         {"milestones": ("3",)},
         {"depth": 3},
         {"more_data": "folder"},

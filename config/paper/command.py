@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--pack", type=Path, metavar="FILE", help=what)
     parser.add_argument("--write", action="store_true", help="render the tables of README.md and docs/RESULTS.md")
     known, rest = parser.parse_known_args(words)
-    if known.jobs < 1 or known.minutes < 0:
+    if known.jobs < 1 or not known.minutes >= 0:
         raise BadArgument(f"--jobs must be at least 1, --minutes at least 0: got {known.jobs} and {known.minutes:g}")
     overrides = read_overrides(rest)
     if fixed := sorted({"run", "seed", *NETWORK_FIELDS} & overrides.keys()):

@@ -6,6 +6,7 @@ It writes results/tilt.json and docs/pictures/tilt.png. A run's name alone is it
 rows of the paper's recipe are tested as RUN/latest.
 """
 
+import io
 from math import ceil, hypot
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from base import ranks
 from base.console import Progress, log
 from base.devices import pick_device
 from base.errors import MissingFile
-from base.files import ROOT
+from base.files import ROOT, write_bytes
 from base.images import read_pair
 from cal_ssim import scores
 from dataset import data_path, list_pairs, to_tensor
@@ -90,8 +91,9 @@ def measure(names: list[str], overrides: dict[str, Any]) -> None:
     }
     result = {"rain": style, "images": len(paths), "angles": list(ANGLES), "psnr": curves, "runs": runs}
     if ranks.is_first():
+        log.info(f"wrote {write_result('tilt', result)}")
         plot(result, PLOT)
-        log.info(f"wrote {write_result('tilt', result)} and {PLOT}")
+        log.info(f"wrote {PLOT}")
 
 
 def _mean_psnr(pairs: list[Pair]) -> float:
@@ -114,4 +116,6 @@ def plot(result: Result, path: Path) -> None:
         axes.set(xlabel=f"degrees that {result['rain']} rain is turned by", ylabel=label, xticks=range(-90, 91, 30))
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=80)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=80, format="png")
+    write_bytes(path, buffer.getvalue())

@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, found by name; starts of trainings; exports."""
 
 import io
-import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -16,10 +15,13 @@ from base import ranks
 from base.console import log
 from base.errors import BadArgument, DamagedFile, Mismatch, MissingFile, Occupied
 from base.files import ROOT, write_bytes
+from cal_ssim import LARGEST_PSNR
+from networks.base import Network
 from runs import formats
 from runs.formats import FORMAT
 from settings import FIELDS, NETWORK_FIELDS, Settings, from_dict, map_paths, override, resolve, to_dict
 
+MOST_PARAMETERS = 10**8
 OTHER_VALIDATION = {"data_dir", "val_images", "stage_num"}  # with these changed, PSNRs are not those of before
 EXPORT_FIELDS = ("run", "data_dir", "stage_num", "model_dir", "log_level")  # settings that `export` takes
 
@@ -39,6 +41,10 @@ class Checkpoint:
     average: dict[str, torch.Tensor] | None = None  # moving average of the network's weights
     criterion: dict[str, torch.Tensor] | None = None  # weights that the loss has learnt
     versions: dict[str, str] = field(default_factory=dict)
+
+    def weights(self, average: bool) -> dict[str, torch.Tensor]:
+        """The network's weights, or their `average` if there is one."""
+        return (self.average if average else None) or self.network
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -66,8 +72,8 @@ def load(path: Path) -> Checkpoint:
     except BadArgument as error:
         reason = " ".join(str(error).split())  # the value in it may be printed in several lines
         raise DamagedFile(f"{path} holds settings that are not possible: {reason}") from None
-    if not math.isfinite(fields.get("best_psnr", 0)):
-        del fields["best_psnr"]  # of pairs that were equal, before PSNR was bounded
+    if not fields.get("best_psnr", 0) <= LARGEST_PSNR:
+        del fields["best_psnr"]  # which no validation would exceed
     return Checkpoint(settings=settings, **fields)
 
 
@@ -100,11 +106,27 @@ def find_run(run: str, model_dir: Path) -> Path:
     return states[0]
 
 
+def build(settings: Settings, checkpoint: Checkpoint | None, path: Path, average: bool = False) -> Network:
+    """The network of these settings, with the weights of the `checkpoint` at `path` if there is one.
+
+    Raises BadArgument for a network that no memory holds and Mismatch for weights of another, both before it is made.
+    """
+    with torch.device("meta"):  # shapes without memory
+        shapes = model.build(settings)
+    if (size := model.count_parameters(shapes)) > MOST_PARAMETERS:
+        raise BadArgument(f"these settings make a network of {size} parameters: lower --channel or --depth")
+    if checkpoint:
+        check_weights(shapes.state_dict(), checkpoint.weights(average), path)
+    network = model.build(settings)
+    if checkpoint:
+        network.load_state_dict(checkpoint.weights(average))
+    return network
+
+
 def load_weights(network: nn.Module, checkpoint: Checkpoint, path: Path, average: bool = False) -> None:
     """Put a checkpoint's weights, or their `average` if it has one, into a network. Raises Mismatch."""
-    given = (checkpoint.average if average else None) or checkpoint.network
-    check_weights(network.state_dict(), given, path)
-    network.load_state_dict(given)
+    check_weights(network.state_dict(), checkpoint.weights(average), path)
+    network.load_state_dict(checkpoint.weights(average))
 
 
 def check_weights(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], path: Path) -> None:
@@ -193,8 +215,8 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
         raise BadArgument("the mean of several checkpoints needs a name: --run NAME")
     first, loaded = sources[0], [load(source) for source in sources]
     path = model_dir / f"{run or f'{first.parent.name}_step{loaded[0].step}'}.pth"
-    if not run and (path.is_file() or first.parent == model_dir):
-        raise Occupied(f"{path if path.is_file() else first} exists: name the file with --run, which may replace one")
+    if path.is_file() or (not run and first.parent == model_dir):
+        raise Occupied(f"{path if path.is_file() else first} exists: name another file with --run, or move it away")
     if run_states(path.stem, model_dir):
         raise Occupied(f"{path.stem} is the name of a run: name the file with --run")
     if not (trained := loaded[0].settings):
@@ -207,9 +229,9 @@ def export(names: list[str], overrides: dict[str, Any]) -> None:
     settings = override(trained, {**inside, **changes, "run": path.stem})
     weights = []
     for source, checkpoint in zip(sources, loaded, strict=True):
-        network = model.build(settings)
-        load_weights(network, checkpoint, source, average=True)  # raises Mismatch for another architecture
-        weights.append(network.state_dict())
+        weights.append(
+            build(settings, checkpoint, source, average=True).state_dict()
+        )  # raises Mismatch for another one
     mean = {}
     for name, weight in weights[0].items():
         mean[name] = torch.stack([each[name].double() for each in weights]).mean(0).to(weight.dtype)

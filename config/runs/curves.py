@@ -47,8 +47,8 @@ class Curves:
             self._write(*(Event(step=step, summary=scalar(_tag(group, name), v)) for name, v in values.items()))
 
     def add_text(self, step: int, name: str, markdown: str) -> None:
-        if self.writer:
-            self._write(Event(step=step, summary=text(name, markdown)))
+        if self.writer:  # the bytes of a path may be no UTF-8
+            self._write(Event(step=step, summary=text(name, markdown.encode(errors="backslashreplace").decode())))
 
     def add_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 in BGR order."""

@@ -12,7 +12,14 @@ from torch import Tensor
 from base.errors import DamagedFile, MissingFile, NotFinite
 
 FORMAT = 1
-WRAPPERS = ("params_ema", "params", "state_dict", "model", "net")  # names that other programs give to their weights
+WRAPPERS = (
+    "params_ema",
+    "params",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+)  # names that other programs give to their weights
 WEIGHTS = ("network", "average", "criterion")
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
 LARGEST = 2**63  # of a number
@@ -88,7 +95,7 @@ def _of_another_program(values: Any) -> dict[str, Any]:
     if {"net", "clock"} <= values.keys():
         clock = values["clock"]["step"] if _is_dict(values["clock"]) and "step" in values["clock"] else values["clock"]
         return {"format": FORMAT, "network": values["net"], "step": clock, "optimizer": values.get("opt")}
-    wrapped = [values[name] for name in WRAPPERS if name in values]
+    wrapped = [values[name] for name in WRAPPERS if isinstance(values.get(name), dict)]
     weights = wrapped[0] if wrapped else values
     return {"format": FORMAT, "network": weights or None, "step": 0}
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import model
 from base import ranks
 from base.console import Interrupt, Progress, Stopped, log
 from base.devices import autocast, compute_dtype, pick_device
@@ -41,10 +40,13 @@ class Opened(NamedTuple):
     step: int
 
     @property
+    def run(self) -> str:
+        """The run's name; empty where the file is no state of a run."""
+        return self.path.parent.name if re.fullmatch("best|latest|step_[0-9]+", self.path.stem) else ""
+
+    @property
     def name(self) -> str:
-        """The run's name, or that of a file that is no state of a run."""
-        path = self.path
-        return path.parent.name if re.fullmatch("best|latest|step_[0-9]+", path.stem) else path.stem
+        return self.run or self.path.stem
 
 
 def open_network(preset: str | None, name: str | None, overrides: dict[str, Any]) -> Opened:
@@ -63,9 +65,8 @@ def open_network(preset: str | None, name: str | None, overrides: dict[str, Any]
         settings = override(checkpoint.settings, {**own, **overrides})
         if preset:
             checkpoints.check_network(path, settings, requested, may_differ=set())
-    network = model.build(settings)
+    network = checkpoints.build(settings, checkpoint, path, average=True)
     network.cuda_graphs = settings.cuda_graphs != "off"
-    checkpoints.load_weights(network, checkpoint, path, average=True)
     return Opened(network.to(pick_device(settings.device)).eval(), settings, path, checkpoint.step)
 
 

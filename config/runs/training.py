@@ -66,10 +66,7 @@ class Training:
         if settings.batch_size < ranks.count():
             raise BadArgument(f"batch_size {settings.batch_size} is too small for {ranks.count()} processes")
         torch.manual_seed(settings.seed)
-        self.network = model.build(settings)
-        if start.checkpoint:
-            checkpoints.load_weights(self.network, start.checkpoint, start.source)
-        self.network.to(self.device)
+        self.network = checkpoints.build(settings, start.checkpoint, start.source).to(self.device)
         self.network.checkpoint_activations = settings.checkpoint_activations
         self.network.cuda_graphs = settings.cuda_graphs != "off"
         folder = data_path(settings)
@@ -282,13 +279,19 @@ class Training:
             handler = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise NotWritable(f"{folder} can't be written: {error.strerror}") from None
-        stack.callback(handler.close)
+        stack.callback(self._close_log, handler)
         if not lock(handler.stream):  # type: ignore[arg-type]
             raise Occupied(f"another process trains run {self.settings.run} ({folder})")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
-        stack.callback(log.removeHandler, handler)
         write_bytes(folder / "settings.json", json.dumps(asdict(self.requested), indent=2).encode())
+
+    def _close_log(self, handler: logging.FileHandler) -> None:
+        log.removeHandler(handler)
+        try:
+            handler.close()
+        except OSError as error:  # the last lines do not fit on the disk; the training is done nevertheless
+            log.warning(f"{handler.baseFilename} can't be written: {error.strerror}")
 
     def _log_start(self) -> None:
         settings, start = self.settings, self.start

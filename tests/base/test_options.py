@@ -93,7 +93,7 @@ def test_the_help_is_at_most_100_columns_wide(script, words, capsys, monkeypatch
     [
         ("main -a train", "lr steps data_dir device accumulate", "show_dir"),
         ("main -a test", "data_dir device precision memory_gib", "lr steps save_steps patch_size show_dir"),
-        ("main -a export", "run model_dir", "lr device data_dir channel"),
+        ("main -a export", "run model_dir data_dir stage_num", "lr device channel"),
         ("main -a tilt", "rain device", "lr steps channel"),
         ("main -a tables", "jobs minutes write", "lr data_dir"),
         ("show", "data_dir device mirror show_dir", "lr steps log_dir"),

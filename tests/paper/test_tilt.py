@@ -107,6 +107,7 @@ def test_without_a_large_enough_image_nothing_is_written(places, tmp_path, monke
         ["-a", "tilt"],
         ["-a", "tilt", "-m", "a", "-p", "dsen"],
         ["-a", "tables", "-m", "a"],
+        ["-a", "tilt", "-m", "a", "a"],
     ],
 )
 def test_wrong_calls(places, tmp_path, words):

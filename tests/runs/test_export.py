@@ -40,6 +40,8 @@ def test_a_run_and_a_file_of_weights_never_share_a_name(places, tmp_path):
     with pytest.raises(Occupied):
         call("-a", "export", "-m", "mine", *places[:2], "--run", "mine")
     call(*train, 3)  # resumes
+    with pytest.raises(Occupied):  # no weights are replaced
+        call("-a", "export", "-m", "mine", *places[:2], "--run", "mine_step2")
     (tmp_path / "model_dir" / "mine_step2.pth").rename(tmp_path / "model_dir" / "mine.pth")
     with pytest.raises(Occupied):
         call(*train, 4)

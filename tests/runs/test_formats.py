@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import model
-from base.errors import DamagedFile, NotFinite, UserError
+from base.errors import BadArgument, DamagedFile, Mismatch, NotFinite, UserError
 from commands import LONG, SMALL, call
 from runs import checkpoints, training
 from runs.checkpoints import choose_start
@@ -35,6 +35,19 @@ def test_weights_of_another_program(path, weights, prefix, wrapper):
     assert (read.step, read.settings, read.optimizer) == (0, None, None)
     checkpoints.load_weights(model.build(SETTINGS), read, path)
     assert all(torch.equal(read.network[name], weight) for name, weight in weights.items())
+
+
+def test_a_wrapper_is_the_name_of_weights_and_not_of_anything_else(path, weights):
+    torch.save({"model": "dsen", "model_state_dict": weights}, path)
+    assert checkpoints.load(path).network.keys() == weights.keys()
+
+
+def test_a_network_that_no_memory_holds_is_refused_before_it_is_made(path, weights):
+    settings = resolve("dsen", {"channel": 1000, "depth": 1000})
+    with pytest.raises(BadArgument):
+        checkpoints.build(settings, None, path)
+    with pytest.raises(Mismatch):
+        checkpoints.build(SETTINGS, checkpoints.Checkpoint({"other": torch.zeros(1)}), path)
 
 
 def test_names_of_averaged_and_compiled_weights(path, weights):
@@ -78,8 +91,9 @@ def test_a_flipped_bit(path, weights):
         checkpoints.load(path)
 
 
-def test_an_infinite_best_score_of_before_is_none(path, weights):
-    torch.save({"format": 1, "network": weights, "step": 3, "settings": None, "best_psnr": float("inf")}, path)
+@pytest.mark.parametrize("psnr", [float("inf"), 70.0])
+def test_a_best_score_above_the_bound_is_none(path, weights, psnr):
+    torch.save({"format": 1, "network": weights, "step": 3, "settings": None, "best_psnr": psnr}, path)
     assert checkpoints.load(path).best_psnr is None
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -439,6 +440,22 @@ def test_full_disk_is_one_error(tmp_path, monkeypatch):
         with pytest.raises(NotWritable):
             points.add(2, "train", {"a": 1.0, "b": 2.0})
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == size
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_a_log_on_a_full_disk_costs_no_training(places, tmp_path):
+    (tmp_path / "log_dir" / "sdsen").mkdir(parents=True)
+    (tmp_path / "log_dir" / "sdsen" / "train.log").symlink_to("/dev/full")
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    assert read(tmp_path, "latest").step == 1
+    assert len(main.log.handlers) == 1
+
+
+def test_a_data_set_whose_path_is_no_utf8_can_be_trained_on(places, tmp_path):
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/data\xff"))
+    (tmp_path / "data").rename(data)
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1, "--data_dir", data)
+    assert read(tmp_path, "latest").step == 1
 
 
 def test_a_resumed_run_drops_the_points_behind_its_checkpoint_and_no_others(tmp_path):
