@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from base.console import Parser, Progress, command_line, log, run_script, set_up_log
-from base.errors import BadArgument, Mismatch, MissingFile, Occupied, UserError
+from base.console import Parser, Progress, log, run_script, set_up_log
+from base.errors import BadArgument, BadName, DamagedFile, Mismatch, MissingFile, Occupied, OutOfMemory, UserError
 from base.files import ROOT, write_bytes
-from base.images import list_images, read_image, read_pair, shared_backgrounds, survey, thumbnail, to_bgr8, write_image
+from base.images import list_images, read_pair, shared_backgrounds, survey, thumbnail
 from datasets import layouts, pairing
 from datasets.layouts import LAYOUTS, SPLITS, Found
-from datasets.pairing import Pair, read_download
+from datasets.pairing import Pair, log_next_step, read_checked, read_download, write_pair
 
 SHARED = "validation backgrounds that are also trained on"
 SHOWN = 10  # lines of each section of the report that are also logged
@@ -39,19 +39,25 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
         images, others = survey(folder)
         found.setdefault(options.split, []).extend(Found(path, (), role) for path in images)
         report["ignored"] += layouts.left_out(others)
-    for split, root in (("", options.source), ("train", options.train), ("test", options.test)):
+    given = {split: folder for split in ("train", "test") if (folder := getattr(options, split))}
+    others = {options.data_dir, *(folder.resolve() for folder in given.values())}
+    for split, root in (("", options.source), *given.items()):
         if root:
-            images, ignored = layouts.find_images(options.set, root, options.data_dir, split)
-            report["ignored"] += ignored
+            images, ignored = layouts.find_images(options.set, root, others, split, given if not split else ())
+            report["ignored"] += [line for line in ignored if line not in report["ignored"]]
             found |= images
     pairs = {split: pair_up(split, images, options, report) for split, images in found.items()}
-    if not any(pairs.values()):
-        raise MissingFile("; ".join(["no pairs found", *report["left out"][:1], *report["ignored"][:5]]))
+    roles = {image.role for images in found.values() for image in images}
+    for split in given if any(pairs.values()) else [""]:
+        if not pairs.get(split):
+            text = [f"no pairs found in {given[split]}" if split else "no pairs found", *report["left out"][:1]]
+            unknown = [layouts.BOTH_FOLDERS] if found and not roles >= {"clean", "rainy"} else []
+            raise MissingFile("; ".join([*text, *report["ignored"][:5], *unknown]))
     if options.drop_shared:
         drop_shared(pairs, options.data_dir, report)
     if pairs.get("train"):
         total = len(pairs["train"])
-        count = options.val if options.val is not None else 100 if total >= 200 else -(-total // 10)
+        count = options.val if options.val is not None else 100 if total >= 200 else min(-(-total // 10), total - 1)
         chosen = pairing.choose_validation(pairs["train"], count, options.seed)
         pairs["val"] = [pair for pair in pairs["train"] if pair.name in chosen]
         pairs["train"] = [pair for pair in pairs["train"] if pair.name not in chosen]
@@ -69,6 +75,8 @@ def pair_up(split: str, images: list[Found], options: argparse.Namespace, report
     else:
         pairs, left_out = pairing.pair_by_name(images)
         report["left out"] += left_out
+    pairs, copies = pairing.drop_copies(pairs)
+    report["ignored"] += copies
     pairing.make_names_unique(pairs)
     return pairs
 
@@ -102,30 +110,17 @@ def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) ->
     thumbs = defaultdict(dict)
     for split, pair, target, copied in Progress(todo, unit="pair"):
         try:
-            clean, rainy = read_download(pair)
-            if pairing.likeness(clean, rainy) < pairing.OTHER_PICTURE:
-                raise Mismatch(f"{pair.rainy}: {pair.clean or 'its other half'} is another picture")
-        except UserError as error:
+            clean, rainy = read_checked(pair)
+            write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
+        except (MissingFile, DamagedFile, Mismatch, OutOfMemory, BadName) as error:
             report["left out"].append(str(error))
             continue
-        write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
         thumbs[split][f"{split}/{target.name}"] = thumbnail(clean)
         if pairing.rain_side(clean, rainy) < 0:
             report["warnings"].append(f"{split}/{target.name}: clean and rainy look swapped ({pair.rainy})")
     if not thumbs:
         raise MissingFile(f"none of {len(todo)} pairs can be converted; the first: {report['left out'][0]}")
     return thumbs
-
-
-def write_pair(target: Path, clean: np.ndarray, rainy: np.ndarray, data: bytes | None) -> None:
-    """Write a pair, byte for byte from `data` if given, unless it exists. Raises Occupied if another picture does."""
-    joined, existing = np.concatenate([clean, rainy], axis=1), None
-    with contextlib.suppress(UserError):  # a damaged file is replaced
-        existing = to_bgr8(read_image(target))
-    if existing is None:
-        write_image(target, joined) if data is None else write_bytes(target, data)
-    elif not np.array_equal(existing, joined):
-        raise Occupied(f"{target} is another picture: remove it or choose another --data_dir")
 
 
 def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
@@ -145,9 +140,7 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
             log.info("\n  ".join([f"{title}: {len(lines)}", *lines[:SHOWN]]) + more)
     write_bytes(path, ("\n".join(text) + "\n").encode("utf-8", "backslashreplace"))
     log.info(f"{counts} pairs in {data_dir}")
-    if (thumbs["train"] and thumbs["val"]) or thumbs["test"]:
-        action = ["train", "-p", "sdsen"] if thumbs["train"] and thumbs["val"] else ["test", "-m", "photographs"]
-        log.info(f"next: {command_line('main.py', '-a', *action, '--data_dir', str(data_dir))}")
+    log_next_step(data_dir)
 
 
 def thumbnails_in(data_dir: Path, split: str) -> dict[str, np.ndarray]:

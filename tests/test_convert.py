@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import convert
 from base.errors import BadArgument, MissingFile, Occupied, UserError
 from base.images import list_images, read_image, read_pair
+from datasets import pairing
 
 HEIGHT, WIDTH = 48, 64
 
@@ -571,15 +573,15 @@ def test_second_run_changes_nothing_and_mends_a_damaged_file(tmp_path, rain800):
 @pytest.mark.parametrize("failing", ["write_bytes", "write_image"])
 def test_interrupted_run_is_completed_to_the_unbroken_result(tmp_path, rain800, monkeypatch, failing):
     run("rain800", rain800, "--data_dir", tmp_path / "unbroken", "--val", 3)
-    write, calls = getattr(convert, failing), []
+    write, calls = getattr(pairing, failing), []
 
-    def interrupted(path: Path, data: object) -> None:
+    def interrupted(path: Path, data: Any) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(convert, failing, interrupted)
+    monkeypatch.setattr(pairing, failing, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("rain800", rain800, "--data_dir", tmp_path / "out", "--val", 3)
     monkeypatch.undo()
@@ -637,7 +639,7 @@ def test_refusals(tmp_path, rain800, monkeypatch):
         assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "action"), [((), "train"), (("--val", 0), "test"), (("--val", 0, "no test"), "")])
+@pytest.mark.parametrize(("options", "action"), [((), "train"), (("--val", 0), ""), (("--val", 0, "no test"), "")])
 def test_next_command_is_one_that_these_pairs_allow(tmp_path, rain800, monkeypatch, capsys, options, action):
     monkeypatch.chdir(tmp_path)
     source = [rain800] if "no test" not in options else ["--train", rain800 / "train"]
