@@ -1,11 +1,13 @@
-"""Turn a downloaded rain data set into data_dir/{train,val,test}/NAME.png|.jpg, one image per pair: B left, O right.
+"""Turn a downloaded rain data set into data_dir/{train,val,test}/NAME.png|.jpg, one image per pair.
+
+The ground truth is on the left, the rainy image on the right.
 
     python config/convert.py rain800 ~/Downloads/rain800 --data_dir data/rain800
     python config/convert.py own --train PAIRS --data_dir data/mine
 
-SOURCE may hold several sets: folders of others are left out and listed. Whether files are joined pairs or rainy and
-clean images with equal names is told by their contents. Exit status: 0 all converted; 1 some pairs left out, named in
-data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
+SOURCE may hold several sets: folders of the other sets are left out and listed. Whether files are joined pairs or rainy
+and clean images with equal names is told by their contents. Exit status: 0 all converted; 1 some pairs left out, named
+in data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
 """
 
 import base.openmp  # noqa: F401
@@ -37,7 +39,7 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
     found: dict[str, list[Found]] = {}
     for role, folder in (("clean", options.clean), ("rainy", options.rainy)) if options.set == "folders" else ():
         images, others = survey(folder)
-        found.setdefault(options.split, []).extend(Found(path, (), role) for path in images)
+        found.setdefault(options.split or "train", []).extend(Found(path, (), role) for path in images)
         report["ignored"] += layouts.left_out(others)
     given = {split: folder for split in ("train", "test") if (folder := getattr(options, split))}
     others = {options.data_dir, *(folder.resolve() for folder in given.values())}
@@ -160,31 +162,43 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="SET",
         help=f"one of {', '.join(LAYOUTS)} (own: any other set; joined: the same)",
     )
-    parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
-    parser.add_argument("--train", type=Path, help="the folder of the training pairs, instead of what SOURCE holds")
-    parser.add_argument("--test", type=Path, help="the folder of the test pairs, instead of what SOURCE holds")
-    parser.add_argument("--clean", type=Path, help="folders: the clean images")
-    parser.add_argument("--rainy", type=Path, help="folders: the rainy images")
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="folders: what these pairs are for")
-    parser.add_argument("--data_dir", type=Path, help="where to write (default: data/SET of the repository)")
     parser.add_argument(
-        "--val", type=int, help="validation pairs, taken from the training pairs (100; a tenth of fewer than 200)"
+        "source", nargs="?", type=Path, metavar="SOURCE", help="the unpacked download; train and test are found in it"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of that choice (0)")
+    parser.add_argument(
+        "--train", type=Path, metavar="DIR", help="the folder of the training pairs, instead of what SOURCE holds"
+    )
+    parser.add_argument(
+        "--test", type=Path, metavar="DIR", help="the folder of the test pairs, instead of what SOURCE holds"
+    )
+    parser.add_argument("--clean", type=Path, metavar="DIR", help="folders: the clean images")
+    parser.add_argument("--rainy", type=Path, metavar="DIR", help="folders: the rainy images")
+    parser.add_argument("--split", choices=["train", "test"], help="folders: what these pairs are for (default: train)")
+    parser.add_argument(
+        "--data_dir", type=Path, metavar="DIR", help="where to write (default: data/SET of the repository)"
+    )
+    parser.add_argument(
+        "--val",
+        type=int,
+        help="validation pairs, taken from the training pairs (default: 100, or a tenth of fewer than 200)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of that choice (default: 0)")
     parser.add_argument("--drop_shared", action="store_true", help="leave out training pairs on test backgrounds")
-    parser.add_argument("--clean_side", choices=["left", "right"], help="joined files: the clean half (default: found)")
+    parser.add_argument(
+        "--clean_side", choices=["left", "right"], help="joined files: the clean half (default: detected)"
+    )
     options = parser.parse_args(arguments)
     given = [name for name in ("source", "train", "test", "clean", "rainy") if getattr(options, name)]
     if options.set == "folders" and given != ["clean", "rainy"]:
         parser.error("folders needs --clean DIR and --rainy DIR")
-    if (options.set != "folders" and not set(given) <= {"source", "train", "test"}) or not given:
+    if (options.set != "folders" and (options.split or not set(given) <= {"source", "train", "test"})) or not given:
         parser.error(f"{options.set} needs SOURCE, --train DIR or --test DIR")
     if options.val is not None and options.val < 0:
         parser.error(f"--val must be at least 0, got {options.val}")
     options.data_dir = (options.data_dir or ROOT / "data" / options.set).resolve()
     for path in (getattr(options, name) for name in given):
         if not path.is_dir():
-            raise MissingFile(f"{path} is no folder{': unpack it first' if path.exists() else ''}")
+            raise MissingFile(f"{path} is not a folder{': unpack it first' if path.exists() else ''}")
         if path.resolve() == options.data_dir:
             parser.error(f"{path} is both the source and --data_dir")
     return options

@@ -17,7 +17,7 @@ from base.errors import BadArgument, Mismatch, MissingFile, UserError
 from base.files import ROOT
 from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
 from datasets import builtin, pairing
-from datasets.layouts import SPLITS, Found, find_images, role_of
+from datasets.layouts import BOTH_FOLDERS, SPLITS, Found, find_images, role_of
 from settings import Settings
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES
@@ -47,7 +47,8 @@ def list_pairs(source: Path, or_clean: bool = False) -> list[Path]:
     try:
         paths = image_files.list_pairs(source)
     except MissingFile:
-        state = f"{source} contains no pairs" if source.exists() else f"there is no folder {source}"
+        missing = source if source.parent.exists() else source.parent
+        state = f"{source} contains no pairs" if source.exists() else f"there is no folder {missing}"
         raise MissingFile(f"{state}{_how_to_convert(source)}") from None
     images = [Found(path, (), role_of(path, ())) for path in paths]
     both = {"clean", "rainy"} <= {image.role for image in images}
@@ -78,7 +79,7 @@ def _how_to_convert(source: Path) -> str:
         if images and (pairing.are_joined(images) or pairing.pair_by_name(images)[0]):
             command = command_line("convert.py", "own", *words, "--data_dir", f"{root}_pairs")
             return f"; this makes a data set of it: {command}"
-    return "; convert.py makes data sets of rainy and clean images, rain.py draw of clean images"
+    return f"; rain.py draw makes data sets of clean images, convert.py of pairs; {BOTH_FOLDERS}"
 
 
 class CropDataset(Dataset):

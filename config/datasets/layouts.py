@@ -12,7 +12,7 @@ from base.errors import BadArgument
 from base.images import SUFFIXES, survey
 
 SPLITS = ("train", "val", "test")  # the folders of a data set
-BOTH_FOLDERS = "name the folders of clean and of rainy images: convert.py folders --clean DIR --rainy DIR"
+BOTH_FOLDERS = "two folders of clean and of rainy images are taken by convert.py folders --clean DIR --rainy DIR"
 
 
 class Layout(NamedTuple):
@@ -197,7 +197,8 @@ def left_out(files: dict[Path, str]) -> list[str]:
     groups = defaultdict(list)
     for path in sorted(files):
         groups[path.parent, files[path]].append(path.name)
-    return [
-        f"{folder}: {len(names)} entries ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}"
-        for (folder, reason), names in groups.items()
-    ]
+    lines = []
+    for (folder, reason), names in groups.items():
+        count = f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
+        lines.append(f"{folder}: {count} ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}")
+    return lines

@@ -183,7 +183,7 @@ def read_checked(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """As `read_download`. Raises Mismatch too where these are two pictures, or one without rain."""
     clean, rainy = read_download(pair)
     if likeness(clean, rainy) < OTHER_PICTURE:
-        raise Mismatch(f"{pair.rainy} {f'and {pair.clean} show' if pair.clean else 'shows'} different pictures")
+        raise Mismatch(f"{pair.rainy}{f' and {pair.clean}' if pair.clean else ': its halves'} show different pictures")
     if np.array_equal(clean, rainy):
         raise Mismatch(f"{pair.rainy} has no rain: it equals {pair.clean or 'its other half'}")
     return clean, rainy
@@ -208,7 +208,8 @@ def log_next_step(data_dir: Path) -> None:
             command = command_line("convert.py", "own", f"--{split}", "DIR", "--data_dir", str(data_dir))
             log.info(f"no {split} pairs; to add some: {command}")
     if "val" not in there and "train" in there:
-        log.info(f"no pairs in {data_dir / 'val'}, which a training needs: make the data set anew with a larger --val")
+        state = f"no pairs in {data_dir / 'val'}, which a training needs: make the data set anew with a larger --val"
+        log.info(f"{state}, or add {data_dir / 'train'} to another data set by --more_data")
     if there >= {"train", "val"}:
         log.info(f"next: {command_line('main.py', '-a', 'train', '-p', 'sdsen', '--data_dir', str(data_dir))}")
     elif there == {"test"}:
