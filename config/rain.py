@@ -80,6 +80,8 @@ def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path,
     places = [target] if target.name in SPLITS else [target / split for split in SPLITS]
     if {place.resolve() for place in (target, *places)} & {options.source.resolve(), paths[0].parent.resolve()}:
         raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")
+    if target.exists() and not target.is_dir():
+        raise Occupied(f"{target} is a file: choose another folder for the pairs")
     if target.name in SPLITS:
         if counts != (None, None):
             raise BadArgument(f"--val and --test divide a data set, but {target} is one split: leave them out")

@@ -96,8 +96,9 @@ def test_refusals(clean_folder, tmp_path):
         rain.main(["draw", str(tmp_path / "empty"), str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"absent\.png"):
         rain.main(["draw", str(tmp_path / "absent.png"), str(tmp_path / "out")])
-    with pytest.raises(Occupied):
-        rain.main(["draw", str(clean_folder), str(clean_folder)])
+    for taken in (clean_folder, clean_folder / "a.png"):
+        with pytest.raises(Occupied):
+            rain.main(["draw", str(clean_folder), str(taken)])
     (clean_folder / "a.bmp").write_bytes(b"")
     with pytest.raises(BadArgument, match="a"):
         rain.main(["draw", str(clean_folder), str(tmp_path / "out")])
@@ -231,4 +232,4 @@ def test_what_a_training_lacks_is_said(tmp_path, capsys):
         rain.main(["draw", str(source), str(tmp_path / target), *lacking])
         last = capsys.readouterr().out.splitlines()[-1]
         assert ("main.py" in last) == (target == "c")
-        assert str(tmp_path / target[0]) in last
+        assert str(tmp_path / target if target == "c" else tmp_path / target[0] / "val") in last
