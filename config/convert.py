@@ -1,11 +1,13 @@
-"""Turn a downloaded rain data set into data_dir/{train,val,test}/NAME.png|.jpg, one image per pair: B left, O right.
+"""Turn a downloaded rain data set into data_dir/{train,val,test}/NAME.png|.jpg, one image per pair.
+
+The ground truth is on the left, the rainy image on the right.
 
     python config/convert.py rain800 ~/Downloads/rain800 --data_dir data/rain800
     python config/convert.py own --train PAIRS --data_dir data/mine
 
-SOURCE may hold several sets: folders of others are left out and listed. Whether files are joined pairs or rainy and
-clean images with equal names is told by their contents. Exit status: 0 all converted; 1 some pairs left out, named in
-data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
+SOURCE may hold several sets: folders of the other sets are left out and listed. Whether files are joined pairs or rainy
+and clean images with equal names is told by their contents. Exit status: 0 all converted; 1 some pairs left out, named
+in data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
 """
 
 import base.openmp  # noqa: F401
@@ -17,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from base.console import Parser, Progress, command_line, log, run_script, set_up_log
-from base.errors import BadArgument, Mismatch, MissingFile, Occupied, UserError
+from base.console import Parser, Progress, log, run_script, set_up_log
+from base.errors import BadArgument, BadName, DamagedFile, Mismatch, MissingFile, Occupied, OutOfMemory, UserError
 from base.files import ROOT, write_bytes
-from base.images import list_images, read_image, read_pair, shared_backgrounds, survey, thumbnail, to_bgr8, write_image
+from base.images import list_images, read_pair, shared_backgrounds, survey, thumbnail
 from datasets import layouts, pairing
 from datasets.layouts import LAYOUTS, SPLITS, Found
-from datasets.pairing import Pair, read_download
+from datasets.pairing import Pair, log_next_step, read_checked, read_download, write_pair
 
 SHARED = "validation backgrounds that are also trained on"
 SHOWN = 10  # lines of each section of the report that are also logged
@@ -37,21 +39,27 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
     found: dict[str, list[Found]] = {}
     for role, folder in (("clean", options.clean), ("rainy", options.rainy)) if options.set == "folders" else ():
         images, others = survey(folder)
-        found.setdefault(options.split, []).extend(Found(path, (), role) for path in images)
+        found.setdefault(options.split or "train", []).extend(Found(path, (), role) for path in images)
         report["ignored"] += layouts.left_out(others)
-    for split, root in (("", options.source), ("train", options.train), ("test", options.test)):
+    given = {split: folder for split in ("train", "test") if (folder := getattr(options, split))}
+    others = {options.data_dir, *(folder.resolve() for folder in given.values())}
+    for split, root in (("", options.source), *given.items()):
         if root:
-            images, ignored = layouts.find_images(options.set, root, options.data_dir, split)
-            report["ignored"] += ignored
+            images, ignored = layouts.find_images(options.set, root, others, split, given if not split else ())
+            report["ignored"] += [line for line in ignored if line not in report["ignored"]]
             found |= images
     pairs = {split: pair_up(split, images, options, report) for split, images in found.items()}
-    if not any(pairs.values()):
-        raise MissingFile("; ".join(["no pairs found", *report["left out"][:1], *report["ignored"][:5]]))
+    roles = {image.role for images in found.values() for image in images}
+    for split in given if any(pairs.values()) else [""]:
+        if not pairs.get(split):
+            text = [f"no pairs found in {given[split]}" if split else "no pairs found", *report["left out"][:1]]
+            unknown = [layouts.BOTH_FOLDERS] if found and not roles >= {"clean", "rainy"} else []
+            raise MissingFile("; ".join([*text, *report["ignored"][:5], *unknown]))
     if options.drop_shared:
         drop_shared(pairs, options.data_dir, report)
     if pairs.get("train"):
         total = len(pairs["train"])
-        count = options.val if options.val is not None else 100 if total >= 200 else -(-total // 10)
+        count = options.val if options.val is not None else 100 if total >= 200 else min(-(-total // 10), total - 1)
         chosen = pairing.choose_validation(pairs["train"], count, options.seed)
         pairs["val"] = [pair for pair in pairs["train"] if pair.name in chosen]
         pairs["train"] = [pair for pair in pairs["train"] if pair.name not in chosen]
@@ -69,6 +77,8 @@ def pair_up(split: str, images: list[Found], options: argparse.Namespace, report
     else:
         pairs, left_out = pairing.pair_by_name(images)
         report["left out"] += left_out
+    pairs, copies = pairing.drop_copies(pairs)
+    report["ignored"] += copies
     pairing.make_names_unique(pairs)
     return pairs
 
@@ -102,30 +112,17 @@ def write_pairs(pairs: dict[str, list[Pair]], data_dir: Path, report: Report) ->
     thumbs = defaultdict(dict)
     for split, pair, target, copied in Progress(todo, unit="pair"):
         try:
-            clean, rainy = read_download(pair)
-            if pairing.likeness(clean, rainy) < pairing.OTHER_PICTURE:
-                raise Mismatch(f"{pair.rainy}: {pair.clean or 'its other half'} is another picture")
-        except UserError as error:
+            clean, rainy = read_checked(pair)
+            write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
+        except (MissingFile, DamagedFile, Mismatch, OutOfMemory, BadName) as error:
             report["left out"].append(str(error))
             continue
-        write_pair(target, clean, rainy, pair.rainy.read_bytes() if copied else None)
         thumbs[split][f"{split}/{target.name}"] = thumbnail(clean)
         if pairing.rain_side(clean, rainy) < 0:
             report["warnings"].append(f"{split}/{target.name}: clean and rainy look swapped ({pair.rainy})")
     if not thumbs:
         raise MissingFile(f"none of {len(todo)} pairs can be converted; the first: {report['left out'][0]}")
     return thumbs
-
-
-def write_pair(target: Path, clean: np.ndarray, rainy: np.ndarray, data: bytes | None) -> None:
-    """Write a pair, byte for byte from `data` if given, unless it exists. Raises Occupied if another picture does."""
-    joined, existing = np.concatenate([clean, rainy], axis=1), None
-    with contextlib.suppress(UserError):  # a damaged file is replaced
-        existing = to_bgr8(read_image(target))
-    if existing is None:
-        write_image(target, joined) if data is None else write_bytes(target, data)
-    elif not np.array_equal(existing, joined):
-        raise Occupied(f"{target} is another picture: remove it or choose another --data_dir")
 
 
 def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
@@ -145,9 +142,7 @@ def write_report(thumbs: Thumbnails, data_dir: Path, report: Report) -> None:
             log.info("\n  ".join([f"{title}: {len(lines)}", *lines[:SHOWN]]) + more)
     write_bytes(path, ("\n".join(text) + "\n").encode("utf-8", "backslashreplace"))
     log.info(f"{counts} pairs in {data_dir}")
-    if (thumbs["train"] and thumbs["val"]) or thumbs["test"]:
-        action = ["train", "-p", "sdsen"] if thumbs["train"] and thumbs["val"] else ["test", "-m", "photographs"]
-        log.info(f"next: {command_line('main.py', '-a', *action, '--data_dir', str(data_dir))}")
+    log_next_step(data_dir)
 
 
 def thumbnails_in(data_dir: Path, split: str) -> dict[str, np.ndarray]:
@@ -167,31 +162,43 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="SET",
         help=f"one of {', '.join(LAYOUTS)} (own: any other set; joined: the same)",
     )
-    parser.add_argument("source", nargs="?", type=Path, help="the unpacked download; train and test are found in it")
-    parser.add_argument("--train", type=Path, help="the folder of the training pairs, instead of what SOURCE holds")
-    parser.add_argument("--test", type=Path, help="the folder of the test pairs, instead of what SOURCE holds")
-    parser.add_argument("--clean", type=Path, help="folders: the clean images")
-    parser.add_argument("--rainy", type=Path, help="folders: the rainy images")
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="folders: what these pairs are for")
-    parser.add_argument("--data_dir", type=Path, help="where to write (default: data/SET of the repository)")
     parser.add_argument(
-        "--val", type=int, help="validation pairs, taken from the training pairs (100; a tenth of fewer than 200)"
+        "source", nargs="?", type=Path, metavar="SOURCE", help="the unpacked download; train and test are found in it"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of that choice (0)")
+    parser.add_argument(
+        "--train", type=Path, metavar="DIR", help="the folder of the training pairs, instead of what SOURCE holds"
+    )
+    parser.add_argument(
+        "--test", type=Path, metavar="DIR", help="the folder of the test pairs, instead of what SOURCE holds"
+    )
+    parser.add_argument("--clean", type=Path, metavar="DIR", help="folders: the clean images")
+    parser.add_argument("--rainy", type=Path, metavar="DIR", help="folders: the rainy images")
+    parser.add_argument("--split", choices=["train", "test"], help="folders: what these pairs are for (default: train)")
+    parser.add_argument(
+        "--data_dir", type=Path, metavar="DIR", help="where to write (default: data/SET of the repository)"
+    )
+    parser.add_argument(
+        "--val",
+        type=int,
+        help="validation pairs, taken from the training pairs (default: 100, or a tenth of fewer than 200)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of that choice (default: 0)")
     parser.add_argument("--drop_shared", action="store_true", help="leave out training pairs on test backgrounds")
-    parser.add_argument("--clean_side", choices=["left", "right"], help="joined files: the clean half (default: found)")
+    parser.add_argument(
+        "--clean_side", choices=["left", "right"], help="joined files: the clean half (default: detected)"
+    )
     options = parser.parse_args(arguments)
     given = [name for name in ("source", "train", "test", "clean", "rainy") if getattr(options, name)]
     if options.set == "folders" and given != ["clean", "rainy"]:
         parser.error("folders needs --clean DIR and --rainy DIR")
-    if (options.set != "folders" and not set(given) <= {"source", "train", "test"}) or not given:
+    if (options.set != "folders" and (options.split or not set(given) <= {"source", "train", "test"})) or not given:
         parser.error(f"{options.set} needs SOURCE, --train DIR or --test DIR")
     if options.val is not None and options.val < 0:
         parser.error(f"--val must be at least 0, got {options.val}")
     options.data_dir = (options.data_dir or ROOT / "data" / options.set).resolve()
     for path in (getattr(options, name) for name in given):
         if not path.is_dir():
-            raise MissingFile(f"{path} is no folder{': unpack it first' if path.exists() else ''}")
+            raise MissingFile(f"{path} is not a folder{': unpack it first' if path.exists() else ''}")
         if path.resolve() == options.data_dir:
             parser.error(f"{path} is both the source and --data_dir")
     return options

@@ -1,6 +1,6 @@
 """Random crops for training, from stored pairs or with new synthetic rain; whole pairs for validation and test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,9 @@ from base import images as image_files
 from base.console import Progress, command_line, log
 from base.errors import BadArgument, Mismatch, MissingFile, UserError
 from base.files import ROOT
-from base.images import read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
+from base.images import list_images, read_image, read_pair, shared_backgrounds, thumbnail, to_bgr8
 from datasets import builtin, pairing
-from datasets.layouts import SPLITS, Found, find_images, role_of
+from datasets.layouts import BOTH_FOLDERS, SPLITS, Found, find_images, role_of
 from settings import Settings
 from synthesis.streaks import add_rain
 from synthesis.styles import STYLES
@@ -38,36 +38,48 @@ def data_path(settings: Settings) -> Path:
     return folder
 
 
-def list_pairs(source: Path) -> list[Path]:
-    """The joined pairs in a folder, or `source` itself if it is a file.
+def list_pairs(source: Path, or_clean: bool = False) -> list[Path]:
+    """The joined pairs, or clean images if these will do, in a folder, or `source` itself if it is a file.
 
-    Raises MissingFile where there are none, Mismatch where the files are rainy and clean images by name and contents.
-    Both say how to convert what is there.
+    Raises MissingFile where there are none, Mismatch where the files are rainy and clean images by name and contents,
+    or single pictures. The errors say how to convert what is there.
     """
     try:
         paths = image_files.list_pairs(source)
     except MissingFile:
-        raise MissingFile(f"{source} contains no pairs{_how_to_convert(source)}") from None
+        missing = source if source.parent.exists() else source.parent
+        state = f"{source} contains no pairs" if source.exists() else f"there is no folder {missing}"
+        raise MissingFile(f"{state}{_how_to_convert(source)}") from None
     images = [Found(path, (), role_of(path, ())) for path in paths]
     both = {"clean", "rainy"} <= {image.role for image in images}
     if both and pairing.pair_by_name(images)[0] and not pairing.are_joined(images):
         raise Mismatch(f"{source} contains rainy and clean images, not joined pairs{_how_to_convert(source)}")
+    if not or_clean and not pairing.show_pairs(paths, least=pairing.OTHER_PICTURE):
+        raise Mismatch(f"{source} contains single pictures, not joined pairs{_how_to_convert(source)}")
     return paths
 
 
 def _how_to_convert(source: Path) -> str:
-    """The command that makes a data set of the images in a folder or, if that is a split, beside it."""
-    root = source.parent if source.name in SPLITS else source
-    wanted = "test" if source.name == "test" else "train"
-    for words, split in (([str(root)], ""), ([f"--{wanted}", str(root)], wanted)):
+    """What to do about a folder without pairs: the folder that is meant, or a command that makes or completes a set."""
+    split = source.name if source.name in SPLITS else ""
+    root, wanted = (source.parent if split else source), ("test" if split == "test" else "train")
+    sets = {folder: [name for name in SPLITS if list_images(folder / name)] for folder in (root, root.parent)}
+    if not split and sets[root]:
+        return f"; did you mean {root / sets[root][0]}?"
+    if split and root.name in SPLITS and len(sets[root.parent]) > 1:
+        return f"; did you mean {root.parent}?"
+    if split in ("train", "test") and sets[root] and not source.is_dir():
+        command = command_line("convert.py", "own", f"--{split}", "DIR", "--data_dir", str(root))
+        return f"; this data set has no {split} pairs; to add some: {command}"
+    for words, given in (([str(root)], ""), ([f"--{wanted}", str(root)], wanted)):
         try:
-            images = find_images("own", root, root / "none", split)[0].get(wanted, [])
+            images = find_images("own", root, (), given)[0].get(wanted, [])
         except UserError:
             continue
         if images and (pairing.are_joined(images) or pairing.pair_by_name(images)[0]):
             command = command_line("convert.py", "own", *words, "--data_dir", f"{root}_pairs")
             return f"; this makes a data set of it: {command}"
-    return "; convert.py makes data sets of rainy and clean images, rain.py draw of clean images"
+    return f"; rain.py draw makes data sets of clean images, convert.py of pairs; {BOTH_FOLDERS}"
 
 
 class CropDataset(Dataset):
@@ -85,8 +97,7 @@ class CropDataset(Dataset):
         self.paths = [*clean, *(path for each in settings.more_data for path in list_pairs(Path(each)))]
         self.synthetic = {path for path in self.paths if settings.rain and path.parent == first}
         self.kept: dict[Path, Images] = {}
-        others = [path for each in settings.exclude for path in list_pairs(Path(each))]
-        excluded, thumbs = {str(path): thumbnail(read_pair(path)[0]) for path in others}, {}
+        excluded, thumbs = _thumbnails(settings.exclude), {}
         free = settings.cache_gib * 2**30
         with ThreadPoolExecutor() as pool:  # cv2 decodes outside Python's lock
             images_of = pool.map(self._read, self.paths)
@@ -97,8 +108,6 @@ class CropDataset(Dataset):
                 free -= sum(image.nbytes for image in images)
                 if free >= 0:
                     self.kept[path] = images
-        if not pairing.are_joined([Found(path, (), "") for path in self.paths if path not in self.synthetic]):
-            log.warning(f"warning: most images of {folder} are no pairs, as their halves show two pictures")
         shared = shared_backgrounds(thumbs, excluded)
         self.paths = [path for path in self.paths if path not in shared]
         if not self.paths:
@@ -129,6 +138,15 @@ class CropDataset(Dataset):
         # Rain is added after the augmentation, so that it falls in the directions of its style.
         O = others[0] if others else add_rain(B, STYLES[settings.rain], rng)
         return to_tensor(O), to_tensor(B), *labels
+
+
+def _thumbnails(folders: Iterable[str]) -> dict[str, np.ndarray]:
+    """Of the clean halves of the joined pairs, or of the clean images, in these folders."""
+    thumbs = {}
+    for paths in (list_pairs(Path(folder), or_clean=True) for folder in folders):
+        joined = pairing.show_pairs(paths, otherwise=False)
+        thumbs |= {str(path): thumbnail(read_pair(path)[0] if joined else to_bgr8(read_image(path))) for path in paths}
+    return thumbs
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import convert
 from base.errors import BadArgument, MissingFile, Occupied, UserError
 from base.images import list_images, read_image, read_pair
+from datasets import pairing
 
 HEIGHT, WIDTH = 48, 64
 
@@ -571,15 +573,15 @@ def test_second_run_changes_nothing_and_mends_a_damaged_file(tmp_path, rain800):
 @pytest.mark.parametrize("failing", ["write_bytes", "write_image"])
 def test_interrupted_run_is_completed_to_the_unbroken_result(tmp_path, rain800, monkeypatch, failing):
     run("rain800", rain800, "--data_dir", tmp_path / "unbroken", "--val", 3)
-    write, calls = getattr(convert, failing), []
+    write, calls = getattr(pairing, failing), []
 
-    def interrupted(path: Path, data: object) -> None:
+    def interrupted(path: Path, data: Any) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(convert, failing, interrupted)
+    monkeypatch.setattr(pairing, failing, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("rain800", rain800, "--data_dir", tmp_path / "out", "--val", 3)
     monkeypatch.undo()
@@ -637,7 +639,7 @@ def test_refusals(tmp_path, rain800, monkeypatch):
         assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "action"), [((), "train"), (("--val", 0), "test"), (("--val", 0, "no test"), "")])
+@pytest.mark.parametrize(("options", "action"), [((), "train"), (("--val", 0), ""), (("--val", 0, "no test"), "")])
 def test_next_command_is_one_that_these_pairs_allow(tmp_path, rain800, monkeypatch, capsys, options, action):
     monkeypatch.chdir(tmp_path)
     source = [rain800] if "no test" not in options else ["--train", rain800 / "train"]
@@ -664,3 +666,133 @@ def test_progress_is_logged_where_no_bar_is_shown(tmp_path, rain800, monkeypatch
     monkeypatch.setattr(convert.log, "info", lines.append)
     run("rain800", rain800, "--data_dir", tmp_path / "out", "--val", 3)
     assert [f"{k} of 13 pairs" in "\n".join(lines) for k in (1, 12)] == [True, True]
+
+
+def separate(folder: str, count: int = 4, start: int = 0) -> dict[str, str]:
+    return {
+        **numbered(f"{folder}/input/{{}}.png", "O{}", count, start),
+        **numbered(f"{folder}/target/{{}}.png", "B{}", count, start),
+    }
+
+
+def test_a_validation_folder_is_neither_training_nor_test(tmp_path):
+    lay_out(tmp_path / "d", {**separate("train"), **separate("val", 2, 20), **separate("validation", 2, 30)})
+    for number, words in enumerate(([tmp_path / "d"], ["--train", tmp_path / "d"])):
+        out = tmp_path / f"out{number}"
+        assert run("own", *words, "--data_dir", out, "--val", 1) == 0
+        assert len(names_of(out, "train", "val")) == 4
+        assert names_of(out, "test") == set()
+        assert sum("/val" in line for line in report(out)["ignored"]) == 4
+    with pytest.raises(MissingFile):
+        run("own", "--test", tmp_path / "d", "--data_dir", tmp_path / "none")
+
+
+def test_rain_in_a_name_does_not_mean_training(tmp_path):
+    lay_out(tmp_path / "d", {**separate("test/LightRain", 2, 50), **separate("train/HeavyRain")})
+    run("own", tmp_path / "d", "--data_dir", tmp_path / "out")
+    assert same_pictures(tmp_path / "out/test/1.png", "B50|O50")
+    assert len(names_of(tmp_path / "out", "train", "val")) == 4
+
+
+def test_folders_that_two_releases_share(tmp_path):
+    """The outer folder tells; where none does, folders that are surely of the set come first."""
+    shared = separate("Rain200H/rain_data_train_Heavy", 4, 20)
+    both = lay_out(tmp_path / "both", {**shared, **separate("Rain100H/rain_data_train_Heavy")})
+    loose = lay_out(tmp_path / "loose", {**separate("rain_data_train_Heavy"), **separate("Rain100H", 2, 50)})
+    for set_name, source, first in (("rain100h", both, 0), ("rain200h", both, 20), ("rain200h", loose, 0)):
+        out = tmp_path / f"{set_name}_{source.name}"
+        assert run(set_name, source, "--data_dir", out, "--val", 0) == 0
+        assert same_pictures(out / "train/1.png", f"B{first}|O{first}")
+        assert len(names_of(out, "train")) == 4
+    run("rain100h", loose, "--data_dir", tmp_path / "out")
+    assert [len(names_of(tmp_path / "out", split)) for split in ("train", "test")] == [0, 2]
+    assert sum("rain_data_train_Heavy" in line for line in report(tmp_path / "out")["ignored"]) == 2
+
+
+def test_links_are_read_under_their_own_names_except_loops(tmp_path):
+    source = lay_out(tmp_path / "d", {**separate("all"), **separate("more", 2, 50)})
+    for link, target in (("train", "all"), ("test", "more"), ("all/loop", "..")):
+        (source / link).symlink_to(target)
+    run("own", source, "--data_dir", tmp_path / "out", "--val", 1)
+    assert [len(names_of(tmp_path / "out", split)) for split in ("train", "val", "test")] == [3, 1, 2]
+    assert any("/loop: " in line for line in report(tmp_path / "out")["ignored"])
+
+
+def test_pairs_without_rain_are_left_out(tmp_path):
+    lay_out(tmp_path, {**separate("d/test"), "d/test/input/2.png": "B1"})
+    lay_out(tmp_path, {**numbered("j/test/{}.png", "B{0}|O{0}"), "j/test/3.png": "B2|B2"})
+    for name, number in (("d", 2), ("j", 3)):
+        assert run("own", tmp_path / name, "--data_dir", tmp_path / f"{name}_out") == 1
+        assert names_of(tmp_path / f"{name}_out", "test") == {f"{k}.png" for k in (1, 2, 3, 4) if k != number}
+    with pytest.raises(MissingFile):
+        run("folders", "--clean", tmp_path / "d/test/target", "--rainy", tmp_path / "d/test/target")
+
+
+def test_a_pair_in_two_folders_is_written_once_and_named(tmp_path):
+    """PReNet's Rain100H holds its rainy images twice."""
+    rain = {**numbered("Rain100H/rainy/rain-{}.png", "O{}"), **numbered("Rain100H/rain-{}.png", "O{}")}
+    lay_out(tmp_path / "d", {**rain, **numbered("Rain100H/norain-{}.png", "B{}")})
+    assert run("rain100h", tmp_path / "d", "--data_dir", tmp_path / "out") == 0
+    assert names_of(tmp_path / "out", "test") == {"1.png", "2.png", "3.png", "4.png"}
+    assert sum("same pair" in line for line in report(tmp_path / "out")["ignored"]) == 4
+
+
+def test_names_that_disks_or_utf8_do_not_take(tmp_path):
+    """Equal stems, names that become too long, and bytes that are no text."""
+    long = "n" * 245
+    for rain, level in enumerate(("Rain_Heavy", "Rain_Light")):
+        for k, name in enumerate((f"{long}.png", "2.png", "3.bmp", "3.png", "\udcff.png")):
+            folder = lay_out(tmp_path / "d" / level / "train", {f"new{name[-4:]}": f"B{k}|O{k}.{rain}"})
+            (folder / f"new{name[-4:]}").rename(folder / name)
+    assert run("rain1200", tmp_path / "d", "--data_dir", tmp_path / "out", "--val", 2) == 1
+    stems = {f"Rain_{level}-{stem}" for level in ("Heavy", "Light") for stem in ("2", "3", "3-2", "\udcff")}
+    assert names_of(tmp_path / "out", "train", "val") == {f"{stem}.png" for stem in stems}
+    assert [long in line for line in report(tmp_path / "out")["left out"]] == [True, True]
+
+
+def test_a_test_folder_is_not_ignored_and_must_hold_pairs(tmp_path):
+    source = lay_out(tmp_path / "Datasets", RESTORMER)
+    run("rain13k", source, "--test", source / "test/Rain100L", "--data_dir", tmp_path / "out")
+    ignored = report(tmp_path / "out")["ignored"]
+    assert not any("Rain100L" in line for line in ignored)
+    assert len(set(ignored)) == len(ignored)
+    with pytest.raises(MissingFile, match=str(source / "test")):
+        run("rain13k", source, "--test", source / "test", "--data_dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_lists_of_spa_data_with_tabs_and_other_names(tmp_path):
+    source = lay_out(tmp_path / "SPA-Data", SPA)
+    lines = SPA_LISTS["Training/real_world.txt"].replace(" ", "\t")
+    (source / "Training/train_list.txt").write_text(lines, "utf-8-sig")
+    (source / "Training/readme.txt").write_text("no list")
+    run("spa", source, "--data_dir", tmp_path / "out", "--val", 2)
+    assert names_of(tmp_path / "out", "train", "val") == {f"{k}_{j}.png" for k in (1, 2) for j in (1, 2)}
+    ignored = "\n".join(report(tmp_path / "out")["ignored"])
+    assert "real_world/9/rain" in ignored
+    assert "readme.txt" in ignored
+    assert "train_list.txt" not in ignored
+
+
+def test_folders_that_do_not_say_which_is_clean(tmp_path):
+    """The command that the error names takes them."""
+    lay_out(tmp_path, {**numbered("d/train/data/{}.png", "O{}"), **numbered("d/train/gt/{}.png", "B{}")})
+    for words in ([tmp_path / "d"], ["--train", tmp_path / "d/train"]):
+        with pytest.raises(UserError, match="folders --clean DIR --rainy DIR"):
+            run("own", *words, "--data_dir", tmp_path / "out")
+    options = ("--clean", tmp_path / "d/train/gt", "--rainy", tmp_path / "d/train/data", "--data_dir", tmp_path / "out")
+    assert run("folders", *options) == 0
+
+
+def test_real_rain_with_ground_truth_is_read(tmp_path):
+    scenes = {f"SPA/Training/real_world_rain/{k}/{k}_{j}.png": f"O{k}.{j}" for k in range(2) for j in (1, 2)}
+    lay_out(tmp_path, {**scenes, **{f"SPA/Training/real_world_gt/{k}/{k}.png": f"B{k}" for k in range(2)}})
+    assert run("spa", tmp_path / "SPA", "--data_dir", tmp_path / "out", "--val", 2) == 0
+    assert len(names_of(tmp_path / "out", "train", "val")) == 4
+
+
+def test_a_single_training_pair_needs_no_option(tmp_path, capsys):
+    lay_out(tmp_path, separate("d/train", 1))
+    assert run("own", tmp_path / "d", "--data_dir", tmp_path / "out") == 0
+    assert names_of(tmp_path / "out", "train") == {"1.png"}
+    assert str(tmp_path / "out/val") in capsys.readouterr().out  # is missing

@@ -460,17 +460,54 @@ def test_other_folders_of_a_training_say_how_to_convert_them_too(data_dir, tmp_p
                 dataset(data_dir, **{setting: [str(tmp_path / name)]})
 
 
-def test_single_pictures_are_warned_of(data_dir, monkeypatch):
-    lines = []
-    monkeypatch.setattr(data.log, "warning", lines.append)
-    dataset(data_dir)
-    assert lines == []
-    for path in list_pairs(data_dir / "train"):
-        cv2.imwrite(str(path), np.hstack([make_pair(40, 48, int(path.stem))[0], make_pair(40, 48, 70)[0]]))
-    dataset(data_dir)
-    assert len(lines) == 1
-    dataset(data_dir, rain="rain100l", clean_dir=str(data_dir / "train"))  # where they are as they should be
-    assert len(lines) == 1
+def single_pictures(folder, width: int = 96):
+    folder.mkdir()
+    for k in range(6):
+        cv2.imwrite(str(folder / f"{k}.png"), np.random.default_rng(k).integers(0, 256, (40, width, 3), np.uint8))
+    return folder
+
+
+def test_single_pictures_are_refused_where_pairs_are_needed(data_dir, tmp_path):
+    """The folder that holds them is named; as clean images they are as they should be."""
+    single = single_pictures(tmp_path / "single")
+    for values in ({"more_data": (str(single),)}, {"rain": "rain100l", "more_data": (str(single),)}):
+        with pytest.raises(Mismatch, match=str(single)):
+            dataset(data_dir, **values)
+    with pytest.raises(Mismatch, match=str(single)):
+        list_pairs(single)
+    assert len(dataset(data_dir, rain="rain100l", clean_dir=str(single)).paths) == 6
+
+
+@pytest.mark.parametrize("width", [48, 47])
+def test_excluded_may_be_clean_images(data_dir, tmp_path, width):
+    """They are not cut in halves, be their widths even or odd."""
+    (tmp_path / "clean").mkdir()
+    for name in ("1.png", "3.png"):
+        clean = cv2.imread(str(data_dir / "train" / name))[:, :48]
+        cv2.imwrite(str(tmp_path / "clean" / name), cv2.resize(clean, (width, 40), interpolation=cv2.INTER_AREA))
+    left = dataset(data_dir, exclude=(str(tmp_path / "clean"),)).paths
+    assert [path.name for path in left] == ["0.png", "2.png", "4.png"]
+
+
+def test_a_data_set_is_not_converted_again(data_dir, tmp_path):
+    """Its validation pairs must not become a test set: the command that is shown adds test pairs."""
+    shutil.rmtree(data_dir / "test")
+    with pytest.raises(MissingFile) as error:
+        list_pairs(data_dir / "test")
+    words = shlex.split(re.search(r"python \S*config/convert\.py .*", str(error.value))[0])[2:]
+    write_kind(tmp_path / "more", "folders")
+    before = sorted(data_dir.rglob("*.png"))
+    assert convert.main([str(tmp_path / "more") if word == "DIR" else word for word in words]) == 0
+    assert sorted(path for path in data_dir.rglob("*.png") if path.parent.name != "test") == before
+    assert len(list_pairs(data_dir / "test")) == 3
+
+
+def test_the_folder_that_is_meant_is_named(data_dir, tmp_path):
+    for folder, meant in ((data_dir, data_dir / "train"), (data_dir / "train" / "train", data_dir)):
+        with pytest.raises(MissingFile, match=f"{meant}[?]$"):
+            list_pairs(folder)
+    with pytest.raises(MissingFile, match="no folder"):
+        list_pairs(tmp_path / "nowhere")
 
 
 def spoil(path, kind):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import rain
-from base.errors import BadArgument, MissingFile, Occupied, UserError
+from base.errors import BadArgument, Mismatch, MissingFile, Occupied, UserError
 from base.images import list_images, read_pair
 from conftest import make_pair
 from datasets.layouts import SPLITS
@@ -96,8 +96,9 @@ def test_refusals(clean_folder, tmp_path):
         rain.main(["draw", str(tmp_path / "empty"), str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"absent\.png"):
         rain.main(["draw", str(tmp_path / "absent.png"), str(tmp_path / "out")])
-    with pytest.raises(Occupied):
-        rain.main(["draw", str(clean_folder), str(clean_folder)])
+    for taken in (clean_folder, clean_folder / "a.png"):
+        with pytest.raises(Occupied):
+            rain.main(["draw", str(clean_folder), str(taken)])
     (clean_folder / "a.bmp").write_bytes(b"")
     with pytest.raises(BadArgument, match="a"):
         rain.main(["draw", str(clean_folder), str(tmp_path / "out")])
@@ -184,3 +185,51 @@ def test_wrong_arguments(wrong, clean_folder, tmp_path):
     with pytest.raises(UserError, match=wrong[0]):
         rain.main(["draw", str(clean_folder), str(tmp_path / "out"), *wrong])
     assert not (tmp_path / "out").exists()
+
+
+def test_joined_pairs_and_single_images_are_not_mistaken(tmp_path):
+    source = photographs(tmp_path / "clean", 11)
+    rain.main(["draw", str(source), str(tmp_path / "set")])
+    pairs = tmp_path / "set/train"
+    for arguments in (
+        ["draw", pairs, tmp_path / "out"],
+        ["draw", "--pairs", source, tmp_path / "out"],
+        ["compare", source],
+    ):
+        with pytest.raises(Mismatch):
+            rain.main([*map(str, arguments)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["set", "set/train"])
+def test_other_rain_does_not_replace_what_is_there(tmp_path, target):
+    source = photographs(tmp_path / "clean", 4)
+    arguments = ["draw", str(source), str(tmp_path / target)]
+    rain.main(arguments)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for other in (["--style", "rain800"], ["--seed", "1"]):
+        with pytest.raises(Occupied):
+            rain.main([*arguments, *other])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_broken_images_are_named_and_the_others_drawn_on(tmp_path, capsys):
+    source = photographs(tmp_path / "clean", 6)
+    (source / "1.png").rename(source / "\udcff.png")  # its name is no UTF-8
+    (source / "3.png").write_bytes((source / "3.png").read_bytes()[:-100])
+    assert rain.main(["draw", str(source), str(tmp_path / "set"), "--style", "intensity"]) == 1
+    assert set.union(*drawn(tmp_path / "set").values()) == {"0", "2", "4", "5", "\udcff"}
+    assert "3.png" in capsys.readouterr().out
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/1.png").write_text("none")
+    with pytest.raises(UserError):
+        rain.main(["draw", str(tmp_path / "broken"), str(tmp_path / "train")])
+
+
+def test_what_a_training_lacks_is_said(tmp_path, capsys):
+    source = photographs(tmp_path / "clean", 6)
+    for target, lacking in (("a", ["--val", "0"]), ("b/train", []), ("c", ["--test", "0"])):
+        rain.main(["draw", str(source), str(tmp_path / target), *lacking])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert ("main.py" in last) == (target == "c")
+        assert str(tmp_path / target if target == "c" else tmp_path / target[0] / "val") in last

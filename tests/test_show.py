@@ -65,7 +65,8 @@ def run(tmp_path):
 def pairs(tmp_path, picture):
     """A test set of three joined pairs, 16 pixels wide and high each."""
     for index in range(3):
-        write_image(tmp_path / "pairs" / "test" / f"{index + 1}.png", picture(16, 32, 3, seed=index))
+        B, rain = picture(16, 16, 3, seed=index), picture(16, 16, 3, seed=index + 9) // 4
+        write_image(tmp_path / "pairs" / "test" / f"{index + 1}.png", np.hstack([B, cv2.add(B, rain)]))
     return tmp_path / "pairs"
 
 

@@ -111,6 +111,8 @@ def _natural(path: Path) -> list[int | str]:
 def list_pairs(source: Path) -> list[Path]:
     """The pairs, or clean images, in a folder; or `source` itself if it is a file. Raises MissingFile if none is."""
     paths = [source] if source.is_file() else list_images(source)
+    if not source.exists():
+        raise MissingFile(f"there is no file or folder {source}")
     if not paths:
         raise MissingFile(f"{source} contains no images: convert.py makes data sets, folders of joined pairs")
     return paths

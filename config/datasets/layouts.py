@@ -2,8 +2,9 @@
 
 import os
 import re
+import shlex
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from base.errors import BadArgument
 from base.images import SUFFIXES, survey
 
 SPLITS = ("train", "val", "test")  # the folders of a data set
+BOTH_FOLDERS = "two folders of clean and of rainy images are taken by convert.py folders --clean DIR --rainy DIR"
 
 
 class Layout(NamedTuple):
@@ -23,20 +25,23 @@ class Layout(NamedTuple):
     part: str = "$^"  # matches the folders that divide a split
 
 
-SPA_FOLDER = "spa(net|[-_]?data)?|real_rain_streaks.*|real_world|real_test_1000"
+RAIN, END = "(?<![a-z])(?:rain|train|test)+[-_]?", "(?![a-z0-9])"  # around a number; "part1200px" is no set's
+HEAVY, LIGHT = "(train|test)_heavy$|heavy_(train|test)$|^heavy$", "(train|test)_light$|light_(train|test)$|^light$"
+DENSITY = "(rain_)?(heavy|medium|light)"
+SPA_FOLDER = "spa(net|[-_]?data)?|real_rain_streaks.*|real_world(_rain|_gt)?|real_test_1000"
 LAYOUTS = {
-    "rain800": Layout("(rain|zhang)_?800|id-?cgan"),
-    "rain100h": Layout("100h|(train|test)_?(h|heavy)$|heavy_(train|test)$", test_folder="rain100h"),
-    "rain100l": Layout("100l|(train|test)_?(l|light)$|light_(train|test)$", test_folder="rain100l"),
-    "rain200h": Layout("200h|(train|test)_heavy$|heavy_(train|test)$"),
-    "rain200l": Layout("200l|(train|test)_light$|light_(train|test)$"),
-    "rain12": Layout("rain_?12$", test_folder=".*"),
-    "rain1200": Layout("1200|did-?(mdn|data)|^rain_(heavy|medium|light)$", part="rain_(heavy|medium|light)"),
-    "rain1400": Layout("1400|12600|ddn|rainy_image_dataset"),
-    "rain13k": Layout("13k"),  # its test sets are the others
-    "test100": Layout("test100$"),
-    "test2800": Layout("2800"),
-    "spa": Layout(f"^({SPA_FOLDER})$", train_folder="real_world", part=".*"),  # .*: a folder for each scene
+    "rain800": Layout(f"(rain|zhang)[-_]?800{END}|id-?cgan"),
+    "rain100h": Layout(f"(?<![0-9])100[-_]?h{END}|(train|test)_?h$|{HEAVY}", test_folder="rain[-_]?100[-_]?h"),
+    "rain100l": Layout(f"(?<![0-9])100[-_]?l{END}|(train|test)_?l$|{LIGHT}", test_folder="rain[-_]?100[-_]?l"),
+    "rain200h": Layout(f"(?<![0-9])200[-_]?h{END}|{HEAVY}"),
+    "rain200l": Layout(f"(?<![0-9])200[-_]?l{END}|{LIGHT}"),
+    "rain12": Layout(f"rain_?12{END}", test_folder=".*"),
+    "rain1200": Layout(f"{RAIN}1200{END}|did-?(mdn|data)|^{DENSITY}$", part=DENSITY),
+    "rain1400": Layout(f"{RAIN}(1400|12600){END}|ddn|rainy_image_dataset"),
+    "rain13k": Layout(f"{RAIN}13k{END}"),  # its test sets are the others
+    "test100": Layout(f"(?<![a-z])test[-_]?100{END}"),
+    "test2800": Layout(f"{RAIN}2800{END}"),
+    "spa": Layout(f"^({SPA_FOLDER})$", train_folder="real_world(_rain|_gt)?", part=".*"),  # .*: a folder for each scene
     "rainds_syn": Layout("rainds[-_]?syn", rainy="rainstreaks?"),
     "rainds_real": Layout("rainds[-_]?real", rainy="rainstreaks?"),
     "own": Layout("$^"),  # any other set
@@ -44,15 +49,16 @@ LAYOUTS = {
     "folders": Layout("$^"),  # any two folders
 }
 # Real rain has no ground truth; streak and region are the rain layers in the releases of Rain100H and Rain100L.
-NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|raindrop|(^|[-_ ])real")
+NO_PAIR_FOLDER = re.compile("streak|region|mask|nature|raindrop|^(test[-_ ]?)?real([-_ ]?(only|internet|images?))?$")
 NO_PAIR_FILE = re.compile("rain[-_ ]?(streak|region|mask)")
 CLEAN = "norain|clean|cleansample|gt|hq|ground[-_]?truth|background|target|label"
 RAINY = "rainy|rain|rainysample|lq|input|in|rainy[-_]image"
-FOLDER = {"clean": f"({CLEAN})s?", "rainy": f"({RAINY}|rainstreak)s?"}
+FOLDER = {"clean": f"(real_world_)?({CLEAN})s?", "rainy": f"(real_world_)?({RAINY}|rainstreak)s?"}
 FILE = {  # "norain-1", "001_GT", "rain-1", "001_in"
     role: rf"({words})([-_ ].*|\d.*)|.*[-_ ]({words})" for role, words in (("clean", CLEAN), ("rainy", RAINY))
 }
-SPLIT_WORD = re.compile("(?<!s)train|(?<!la)(?<!con)test")  # but not "strain", "latest", "contest"
+# Whole words, as in "rain_train", "RainTrainH", "trainset" and "Test100", but not in "LightRain", "strain", "latest".
+SPLIT_WORD = re.compile("(?<![a-z])(?:rain)?(train|val|test)(?:idation|id|ing|set|data|h|l)?(?![a-z])")
 
 
 class Found(NamedTuple):
@@ -62,46 +68,51 @@ class Found(NamedTuple):
     clean: Path | None = None  # of a rainy image in a list of pairs: its partner
 
 
-def find_images(set_name: str, root: Path, data_dir: Path, split: str = "") -> tuple[dict[str, list[Found]], list[str]]:
+def find_images(
+    set_name: str, root: Path, others: Container[Path], split: str = "", replaced: Container[str] = ()
+) -> tuple[dict[str, list[Found]], list[str]]:
     """The images of one set in an unpacked download by split, and a line for each folder in which files are ignored.
 
-    Folders that are named after the set are preferred to others. Raises BadArgument where two places of the download
-    may hold the same split.
+    Folders that are surely of the set are preferred to others. `others` are resolved folders that are not searched, the
+    splits in `replaced` are ignored. Raises BadArgument where two places of the download may hold the same split.
     """
-    found: dict[tuple[str, bool], list[Found]] = defaultdict(list)  # by (split, whether named after the set)
+    found: dict[tuple[str, int], list[Found]] = defaultdict(list)  # by (split, how surely of the set)
     ignored: list[str] = []
-    for folder, parts in _walk(root, data_dir, ignored):
-        images, others = survey(folder)
-        where, named, reason = split_of(set_name, root, parts, split)
+    for folder, parts in _walk(root, others, ignored):
+        images, no_images = survey(folder)
+        where, sure, reason = split_of(set_name, root, parts, split)
+        reason = reason or ("another folder is given" if where in replaced else "")
         pairs = [path for path in images if not reason and not NO_PAIR_FILE.match(path.stem.lower())]
-        found[where, named] += [Found(path, parts, role_of(path, parts)) for path in pairs]
+        found[where, sure] += [Found(path, parts, role_of(path, parts)) for path in pairs]
         ignored += left_out(dict.fromkeys(set(images) - set(pairs), reason or "by name no pair"))
-        for path in (path for path in others if set_name == "spa" and path.suffix == ".txt"):
-            where, named, reason = split_of(set_name, root, (*parts, path.stem), split)
-            found[where, named] += [] if reason else _read_list(path, ignored)
-        ignored += left_out({path: why for path, why in others.items() if not path.is_dir()})
+        for path in (path for path in no_images if set_name == "spa" and path.suffix == ".txt"):
+            where, sure, reason = split_of(set_name, root, (*parts, path.stem), split)
+            if not reason and where not in replaced and (listed := _read_list(path, ignored)):
+                found[where, sure] += listed
+                no_images[path] = ""
+        ignored += left_out({path: why for path, why in no_images.items() if why and not path.is_dir()})
     result = {}
-    any_named = any(named for (_, named), images in found.items() if images)
-    for (where, named), images in found.items():
-        if named < any_named:
-            ignored += left_out(dict.fromkeys((i.path for i in images), f"not in a folder called {set_name}"))
+    surest = max((sure for (_, sure), images in found.items() if images), default=0)
+    for (where, sure), images in found.items():
+        if sure < surest:
+            ignored += left_out(dict.fromkeys((i.path for i in images), f"not surely of {set_name}, unlike others"))
         elif images and not where:
-            for place in _places(set_name, images):
+            for place in (shlex.quote(str(place)) for place in _places(set_name, images)):
                 ignored.append(f"{place}: training or test? Its name does not say: --train {place} or --test {place}")
         elif images:
             result[where] = images = [i for i in images if i.clean] or images  # lists tell all pairs
             known = {path for image in images for path in (image.path, image.clean)}
-            others = (image.path for image in found[where, named] if image.path not in known)
-            ignored += left_out(dict.fromkeys(others, "in no list"))
+            unlisted = (image.path for image in found[where, sure] if image.path not in known)
+            ignored += left_out(dict.fromkeys(unlisted, "in no list"))
             if len(places := _places(set_name, images)) > 1 and not split:
                 either = " or ".join(map(str, places))
-                raise BadArgument(f"the {where} pairs of {set_name} may be in {either}: choose with --{where} DIR")
+                choice = f"choose with --{where} DIR" if len({i.role for i in images} - {""}) != 1 else BOTH_FOLDERS
+                raise BadArgument(f"the {where} pairs of {set_name} may be in {either}: {choice}")
     return result, ignored
 
 
-def _walk(root: Path, data_dir: Path, ignored: list[str]) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """Each folder under `root`, links included, but `data_dir`, and the names that lead there."""
-    seen = {data_dir}
+def _walk(root: Path, others: Container[Path], ignored: list[str]) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Each folder under `root`, links included, but `others`, and the names that lead there."""
 
     def report(error: OSError) -> None:
         ignored.append(f"{error.filename}: {error.strerror}")
@@ -109,34 +120,40 @@ def _walk(root: Path, data_dir: Path, ignored: list[str]) -> Iterator[tuple[Path
     for name, subfolders, _ in os.walk(root, onerror=report, followlinks=True):
         subfolders[:] = sorted(sub for sub in subfolders if sub[0] != "." and sub != "__MACOSX")
         folder = Path(name)
-        if (resolved := folder.resolve()) in seen:
+        parts, resolved = folder.relative_to(root).parts, folder.resolve()
+        is_loop = resolved in {parent.resolve() for parent in folder.parents[: len(parts)]}
+        if is_loop or (resolved in others and parts):
             subfolders.clear()
+            ignored += [f"{folder}: a link to a folder above it"] if is_loop else []
         else:
-            seen.add(resolved)
-            yield folder, folder.relative_to(root).parts
+            yield folder, parts
 
 
-def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> tuple[str, bool, str]:
-    """What a folder of a download holds: (split, whether it is named after the set, why it is ignored, if it is).
+def split_of(set_name: str, root: Path, parts: tuple[str, ...], split: str = "") -> tuple[str, int, str]:
+    """What a folder of a download holds: (split, how surely it is of the set, why it is ignored, if it is).
 
-    The innermost name that tells decides. The split is `split` if given, and "" where no name tells.
+    The innermost name that tells decides. The split is `split` if given, and "" where no name tells. It is of the set
+    for sure (2) if no other set has such folders, maybe (1) if others have, and 0 if it is not named after any set.
     """
-    layout, inner = LAYOUTS[set_name], [part.lower() for part in reversed(parts)]
-    names = inner if split else [*inner, root.resolve().name.lower()]
+    layout, inner = LAYOUTS[set_name], parts[::-1]
+    names = [*inner, *(() if split else [root.resolve().name])]
     exempt = re.compile(f"({layout.folder})|{layout.rainy}")
-    if any(NO_PAIR_FOLDER.search(name) and not exempt.fullmatch(name) for name in inner):
-        return "", False, "by its folder no pairs"
-    named = ([key for key, each in LAYOUTS.items() if re.search(each.folder, name)] for name in names)
-    sets = next(filter(None, named), [])
+    if any(NO_PAIR_FOLDER.search(name) and not exempt.fullmatch(name) for name in map(str.lower, inner)):
+        return "", 0, "by its folder no pairs"
+    sets: set[str] = set()
+    for name in names:  # `Rain200H/rain_data_train_Heavy`: the outer name decides between two sets
+        fitting = {key for key, each in LAYOUTS.items() if re.search(each.folder, name.lower())}
+        sets = (sets & fitting or sets) if sets else fitting
     if sets and set_name not in sets and layout.folder != "$^":
-        return "", False, f"of {' or '.join(sets)}"
-    splits = [*(match[0] for name in names for match in SPLIT_WORD.finditer(name)), ""]
-    if split and splits[0] not in ("", split):
-        return "", False, f"by its folder for {splits[0]}"
-    for folder, where in ((layout.train_folder, "train"), (layout.test_folder, "test")):
-        if any(re.fullmatch(folder, name) for name in names):
+        return "", 0, f"of {' or '.join(sorted(sets))}"
+    words = (set(SPLIT_WORD.findall(re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())) for name in names)
+    splits = [*(word for found in words if len(found) == 1 for word in found), ""]
+    if splits[0] not in ("", split) and (split or splits[0] == "val"):
+        return "", 0, f"by its folder for {splits[0]}"
+    for pattern, where in ((layout.train_folder, "train"), (layout.test_folder, "test")):
+        if any(re.fullmatch(pattern, name.lower()) for name in names):
             splits.insert(-1, where)
-    return split or splits[0], set_name in sets, ""
+    return split or splits[0], (2 if len(sets) == 1 else 1) if set_name in sets else 0, ""
 
 
 def role_of(path: Path, parts: tuple[str, ...]) -> str:
@@ -164,7 +181,8 @@ def _places(set_name: str, images: list[Found]) -> list[Path]:
 
 def _read_list(path: Path, ignored: list[str]) -> list[Found]:
     """The pairs in a list of SPA-Data: a line "/RAINY /CLEAN" for each, in its folder or in one above."""
-    rows = [line.replace(" /", " ").removeprefix("/").split() for line in path.read_text(errors="replace").splitlines()]
+    lines = path.read_text("utf-8-sig", "replace").splitlines()
+    rows = [[word.removeprefix("/") for word in line.split()] for line in lines]
     rows = [row for row in rows if len(row) == 2 and Path(row[0]).suffix.lower() in SUFFIXES]
     there = []
     for base in (path.parent, *path.parent.parents[:2]):
@@ -179,7 +197,8 @@ def left_out(files: dict[Path, str]) -> list[str]:
     groups = defaultdict(list)
     for path in sorted(files):
         groups[path.parent, files[path]].append(path.name)
-    return [
-        f"{folder}: {len(names)} entries ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}"
-        for (folder, reason), names in groups.items()
-    ]
+    lines = []
+    for (folder, reason), names in groups.items():
+        count = f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
+        lines.append(f"{folder}: {count} ({reason}): {', '.join(names[:3])}{', ...' if names[3:] else ''}")
+    return lines

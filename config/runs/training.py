@@ -33,7 +33,7 @@ from base.errors import (
     UserError,
 )
 from base.files import lock, write_bytes
-from base.images import write_image
+from base.images import list_images, write_image
 from base.options import as_text
 from dataset import CropDataset, data_path, list_pairs, read_whole
 from runs import checkpoints
@@ -342,5 +342,9 @@ class Training:
         for name in ("model_dir", "log_dir"):
             if (folder := getattr(settings, name)) != getattr(resolve(), name):
                 words += [f"--{name}", folder]
-        done = f"{settings.steps} steps are done: {path}; more by --{more}; to test it:"
-        log.info(f"{done}\n{command_line('main.py', *words)}")
+        done = f"{settings.steps} steps are done: {path}; more by --{more};"
+        if not settings.data_dir or list_images(Path(settings.data_dir) / "test"):
+            log.info(f"{done} to test it:\n{command_line('main.py', *words)}")
+        else:
+            add = command_line("convert.py", "own", "--test", "DIR", "--data_dir", settings.data_dir)
+            log.info(f"{done} {settings.data_dir} has no test pairs; to add some:\n{add}")

@@ -1,5 +1,6 @@
 """Renders rain layers R of grey streaks and adds them to clean images: `O = clip(B + R)`."""
 
+import os
 import zlib
 from math import ceil, cos, log1p, radians, sqrt, tan
 from statistics import NormalDist
@@ -40,7 +41,7 @@ def render(height: int, width: int, style: RainStyle | IntensityRain, rng: Gener
 
 def picture_generator(seed: int, name: str, number: int) -> Generator:
     """The generator of rendering `number` on the image called `name`, whatever other images there are."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode()), number])
+    return np.random.default_rng([seed, zlib.crc32(os.fsencode(name)), number])
 
 
 def _one_set(size: Size, angle: float, level: float, streaks: Streaks, stepped: bool, rng: Generator) -> np.ndarray:

@@ -120,3 +120,41 @@ def test_clean_side_is_a_vote(tmp_path):
     assert pairing.find_clean_side(paths) == ("right", False)  # 6 against 3
     assert pairing.find_clean_side(paths[1:]) == ("right", True)
     assert pairing.find_clean_side(paths[:3]) == ("left", True)
+
+
+def test_names_of_one_folder_become_unique_by_numbers():
+    pairs = [Pair(Path(f"set/{name}"), None, ("set",), Path(name).stem) for name in ("3.jpeg", "3.jpg", "3-2.jpg")]
+    make_names_unique(pairs)
+    assert [pair.name for pair in pairs] == ["3", "3-2", "3-2-2"]
+
+
+def test_images_that_differ_only_in_case_or_format_keep_their_partners():
+    names = ("A.png", "a.png", "3.jpg", "3.png")
+    images = [Found(Path(role) / name, (), role) for role in ("clean", "rainy") for name in names]
+    pairs, left_out = pair_by_name(images)
+    assert [pair.clean.name for pair in pairs] == [pair.rainy.name for pair in pairs] == list(names)
+    assert left_out == []
+
+
+def test_validation_has_at_least_one_background():
+    pairs = [Pair(Path(f"{k}_{j}"), Path(f"{k}"), (), f"{k}_{j}") for k in range(3) for j in range(5 + (k == 0))]
+    assert choose_validation(pairs, 2, 0) in ({f"{k}_{j}" for j in range(5)} for k in (1, 2))
+    assert choose_validation(pairs, 0, 0) == choose_validation(pairs[:6], 2, 0) == set()
+
+
+def test_names_that_are_no_utf8_are_chosen_too():
+    pairs = [Pair(Path(f"\udcff{k}"), None, (), f"\udcff{k}") for k in range(4)]
+    assert len(choose_validation(pairs, 2, 0)) == 2
+
+
+def test_a_pair_that_is_found_twice_is_taken_once(tmp_path):
+    def pair(folder: str, text: str) -> Pair:
+        for role in ("clean", "rainy"):
+            (tmp_path / folder / role).mkdir(parents=True)
+            (tmp_path / folder / role / "1.png").write_text(text)
+        return Pair(tmp_path / folder / "rainy/1.png", tmp_path / folder / "clean/1.png", (folder,), "1")
+
+    first, other, copy = pair("a", "x"), pair("b", "y"), pair("c", "x")
+    kept, lines = pairing.drop_copies([first, other, copy])
+    assert kept == [first, other]
+    assert [str(copy.rainy) in line and str(first.rainy) in line for line in lines] == [True]

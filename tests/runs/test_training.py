@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import convert
 import fake_graphs
 import main
 import show
@@ -208,6 +209,15 @@ def test_an_infinite_moment_replaces_no_checkpoint(places, tmp_path, monkeypatch
     with pytest.raises(NotFinite):
         call("-a", "train", *SMALL, *LONG, *places, "--steps", 2)
     assert not files(tmp_path / "model_dir")
+
+
+def test_a_run_without_test_pairs_says_how_to_add_some(places, data_dir, tmp_path):
+    (data_dir / "test").rename(tmp_path / "DIR")
+    call("-a", "train", *SMALL, *LONG, *places, "--steps", 1)
+    words = shlex.split((tmp_path / "log_dir" / "sdsen" / "train.log").read_text().splitlines()[-1])
+    assert words[1].endswith("convert.py")
+    convert.main([str(tmp_path / "DIR") if word == "DIR" else word for word in words[2:]])
+    assert len(list((data_dir / "test").iterdir())) == 2
 
 
 def test_the_log_of_a_run_starts_with_its_settings_and_validation_pairs(places, tmp_path):
