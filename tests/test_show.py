@@ -267,7 +267,6 @@ def test_output_names_a_folder_or_a_file(run, tmp_path, picture):
         ("-i in/x_stage1.png -o in/x.png --all-stages", Occupied),
         ("-i in -o in", Occupied),
         ("-i . --recursive -o in", Occupied),
-        ("-i in --recursive --show_dir", Occupied),
     ],
 )
 def test_outputs_that_are_refused(run, tmp_path, picture, monkeypatch, words, error):
@@ -278,7 +277,7 @@ def test_outputs_that_are_refused(run, tmp_path, picture, monkeypatch, words, er
     (tmp_path / "link.png").symlink_to("in/a.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(error):
-        run("still", *words.removesuffix(" --show_dir").split(), show_dir="in/sub" if "show_dir" in words else "out")
+        run("still", *words.split())
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -321,9 +320,9 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
     ],
 )
 def test_result_names(inputs, stage_num, results):
-    named = show.result_names({Path(name): Path() for name in inputs.split()}, stage_num)
+    named = show.result_names({Path(name): Path() for name in inputs.split()}, stage_num, {})
     assert named == [Path(name) for name in results.split()]
-    inside = show.result_names({Path(name): Path("sub") for name in inputs.split()}, stage_num)
+    inside = show.result_names({Path(name): Path("sub") for name in inputs.split()}, stage_num, {})
     assert inside == [Path("sub", name) for name in results.split()]
 
 
