@@ -42,9 +42,7 @@ from settings import FIELDS, Settings, read_overrides
 ANY_DEPTH = {".png", *TIFF}  # formats that hold 16 bits and alpha
 PAGE = {"index.html", "page"}  # names that the page and the list of pages have for themselves
 PRETRAINED = "photographs"  # the weights that are used by default
-OPTIONS = (
-    "data_dir model_dir show_dir run device precision memory_gib mirror cuda_graphs log_level".split()
-)  # in the help
+OPTIONS = "data_dir model_dir show_dir run device precision memory_gib mirror cuda_graphs log_level".split()  # in help
 
 
 @dataclass
@@ -82,7 +80,8 @@ def derain(
     network: nn.Module, path: Path, paired: bool, device: torch.device, how: Restoring, stage_num: int
 ) -> Restored:
     """An image, or the rainy half of a joined pair (`paired`), restored by `stage_num` stages. Raises UserError."""
-    ground_truth, picture = _read_pair(path) if paired else (None, read_picture(path))
+    ground_truth, rainy = read_pair(path) if paired else (None, None)
+    picture = read_picture(path) if rainy is None else Picture(rainy, {}, [])
     image = picture.image
     started = time.perf_counter()
     try:
@@ -102,14 +101,7 @@ def derain(
     return Restored(image, stages, ground_truth, rows, change, seconds, path, *picture[1:])
 
 
-def _read_pair(path: Path) -> tuple[np.ndarray, Picture]:
-    B, O = read_pair(path)
-    return B, Picture(O, {}, [])
-
-
-def find_inputs(
-    given: list[str] | None, settings: Settings, recursive: bool = False, places: Iterable[Path] = ()
-) -> dict[Path, Path]:
+def find_inputs(given: list[str] | None, settings: Settings, recursive: bool, places: list[Path]) -> dict[Path, Path]:
     """The files to restore, each once: those of the `given` files and folders, or the test set's pairs.
 
     For each the folder of its result, below that of all results: "." unless it was found in a folder's folder.
@@ -124,18 +116,13 @@ def find_inputs(
         if "a folder" in left_out.values():
             log.info("--recursive reads the images in folders as well")
         if not files and (os.path.isdir(path) or not os.path.exists(path)):
-            raise MissingFile(f"{path} {_nothing_in(path)}")
+            missing = "is a link to nothing" if os.path.islink(path) else "is missing"
+            raise MissingFile(f"{path} {'holds no image' if os.path.isdir(path) else missing}")
         for file in files or [path]:
             real = file.resolve()
             if real not in found or _place(found[real][0]) != real == _place(file):  # not a link, if there is the file
                 found[real] = file, file.parent.relative_to(path) if files else Path()
     return dict(found.values())
-
-
-def _nothing_in(path: Path) -> str:
-    if os.path.isdir(path):
-        return "holds no image"
-    return "is a link to nothing" if os.path.islink(path) else "is missing"
 
 
 def to_path(word: str) -> Path:
@@ -154,8 +141,10 @@ def log_groups(title: str, named: Iterable[tuple[str, Path]]) -> None:
         log.info(f"{title}, {reason}: {', '.join(names[:count])}{more}")
 
 
-def place_results(inputs: dict[Path, Path], output: Path | None, folder: Path, stage_num: int) -> list[Path]:
-    """Each input's result: in the folder or, if there is one input, the file `output`, else in `folder`.
+def place_results(
+    inputs: dict[Path, Path], output: Path | None, folder: Path, stage_num: int
+) -> list[tuple[Path, Path]]:
+    """Each input with its result: in the folder or, if there is one input, the file `output`, else in `folder`.
 
     There, no result of an earlier call is replaced, unless it has the same source. Raises BadArgument, or Occupied
     where a result might replace an input.
@@ -166,9 +155,8 @@ def place_results(inputs: dict[Path, Path], output: Path | None, folder: Path, s
             raise BadArgument(f"results can't be in {path}, a name of the page's own files: take another one")
     if output and output.suffix.lower() in SUFFIXES and not os.path.isdir(output):
         if output.suffix.lower() not in WRITABLE or len(inputs) > 1:
-            raise BadArgument(
-                f"--output {output}: name a folder, or for one image a file ({', '.join(sorted(WRITABLE))})"
-            )
+            choices = ", ".join(sorted(WRITABLE))
+            raise BadArgument(f"--output {output}: name a folder, or for one image a file ({choices})")
         results = [output]
     elif os.path.exists(place) and not os.path.isdir(place):
         raise BadArgument(f"results can't be written to {place}: it is a file")
@@ -182,7 +170,7 @@ def place_results(inputs: dict[Path, Path], output: Path | None, folder: Path, s
         searched = {above for place in places for above in place.parents[: 1 + len(inner.parts)]}
         if files & places or folders & searched:
             raise Occupied(f"{path} is where results are written to: name another folder with --output or --show_dir")
-    return results
+    return list(zip(inputs, results, strict=True))
 
 
 def _place(path: Path) -> Path:
@@ -285,8 +273,8 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise BadArgument(f"--stages must be 1 to {network.output_num}, the stages of {checkpoint}, got {stage_num}")
     folder, written = Path(settings.show_dir) / (overrides.get("run") or opened.name), stage_num * known.all_stages
     output = known.output and to_path(known.output)
-    # One rank searches, as others may have begun to write.
-    tasks = ranks.from_first(lambda: plan(known, settings, output, folder, written))
+    search = known.input, settings, known.recursive, [output or folder, folder.parent]
+    tasks = ranks.from_first(lambda: place_results(find_inputs(*search), output, folder, written))  # others may write
     name = f"{checkpoint.parent.name}/{checkpoint.name}"
     device, gallery = pick_device(settings.device), ranks.from_first(lambda: Gallery(folder, name, step))
     log.info(f"{stage_num} of {network.output_num} stages, {len(tasks)} images, {device}")
@@ -304,8 +292,6 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
                 results.append(None)
                 continue
             add_to_page(gallery, item, result, needed=output is None)
-            # memory for the next image
-            item.image, item.stages, item.ground_truth, item.metadata = np.empty(0), [], None, {}
             results.append(item)
     items = [item for item in ranks.gather(results) if item is not None]
     if not ranks.is_first():
@@ -320,16 +306,11 @@ def show(known: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return int(len(items) < len(tasks))
 
 
-def plan(
-    known: argparse.Namespace, settings: Settings, output: Path | None, folder: Path, stage_num: int
-) -> list[tuple[Path, Path]]:
-    """Each input and its result."""
-    inputs = find_inputs(known.input, settings, known.recursive, (output or folder, folder.parent))
-    return list(zip(inputs, place_results(inputs, output, folder, stage_num), strict=True))
-
-
 def add_to_page(gallery: Gallery, item: Restored, result: Path, needed: bool) -> None:
-    """Add a result to the page; one that isn't `needed` is given up, with a warning, if it can't be written."""
+    """Add a result to the page, and free its images.
+
+    A page that isn't `needed` is given up, with a warning, if it can't be written.
+    """
     facts = (item.ground_truth, item.scores, item.change, item.seconds, item.metadata)
     try:
         if not gallery.broken:
@@ -339,13 +320,13 @@ def add_to_page(gallery: Gallery, item: Restored, result: Path, needed: bool) ->
             raise
         log.warning(f"no page: {printable(error)}")
         gallery.broken = True
+    item.image, item.stages, item.ground_truth, item.metadata = np.empty(0), [], None, {}
 
 
 def write_result(item: Restored, result: Path, stage_num: int, fixed: bool) -> Path:
-    """Write an image's result, and `stage_num` of its stages; returns the result's file.
+    """Write `stage_num` of an image's stages and then, as it stands for all, its result; returns the result's file.
 
     Where that can't hold the image's depth or alpha, these are lost if its name is `fixed`; else .png is added to it.
-    The result is written last: there is none where a stage can't be written.
     """
     images, suffix = [*item.stages[:stage_num], item.stages[-1]], result.suffix.lower()
     too_deep = item.image.dtype == np.uint16 and suffix not in ANY_DEPTH
