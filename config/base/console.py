@@ -154,7 +154,12 @@ class Interrupt:
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2, Ctrl-C 130."""
+    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2.
+
+    Ctrl-C or SIGTERM become 130.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # whose ranks may wait for one that has ended
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that they can't print
     try:
