@@ -4,8 +4,8 @@
     python show.py -m RUN             # the test set of that run's data set, with scores
 
 Results are written to `showdir/RUN/`, or to --output, under the input's name and in the input's format: grey, alpha, 16
-bits, EXIF and the colour profile are kept. JPEG, WebP and AVIF are written at quality 95; scores are taken before. The
-page, `showdir/RUN/index.html`, compares all images there. `python show.py -h` lists the settings.
+bits, EXIF and the colour profile are kept, what else is lost is named. JPEG, WebP and AVIF are written at quality 95;
+scores are taken before. The page, `showdir/RUN/index.html`, compares all images there. `show.py -h` lists the settings.
 """
 
 import base.openmp  # noqa: F401
