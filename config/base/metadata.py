@@ -171,12 +171,17 @@ def made_upright(
     return turn(image, number), {key: value for key, value in metadata.items() if value}
 
 
-def _png_space(data: bytes) -> bool:
-    """Whether a PNG names by its gAMA or cHRM a colour space that is not sRGB."""
+def png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """The chunks of a PNG before its pixels, by name; none of other files."""
     chunks, at = {}, 8
     while data[:4] == b"\x89PNG" and data[at + 4 : at + 8] not in (b"IDAT", b""):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         chunks[data[at + 4 : at + 8]], at = data[at + 8 : end - 4], end
+    return chunks
+
+
+def _not_srgb(chunks: dict[bytes, bytes]) -> bool:
+    """Whether a PNG's gAMA or cHRM name a colour space that is not sRGB."""
     pairs = [
         (int.from_bytes(chunks[name][4 * i : 4 * i + 4], "big"), number)
         for name in SRGB.keys() & chunks.keys()
@@ -187,14 +192,15 @@ def _png_space(data: bytes) -> bool:
 
 def losses(data: bytes, image: np.ndarray, metadata: dict[int, bytes]) -> list[str]:
     """What is in a file besides its first image that `metadata` does not hold, in a few words each."""
-    segments, tags = jpeg_segments(data)[0], Directory(data)
+    segments, tags, chunks, kept = jpeg_segments(data)[0], Directory(data), png_chunks(data), metadata.keys()
+    has_profile = PROFILE in kept or b"iCCP" in chunks  # OpenCV leaves out the latter if it does not fit
     four_channels = any(re.match(rb"[\xc0-\xc3].{5}\x04", part, re.DOTALL) for part in segments)
     cmyk, channels = four_channels or tags.get(PHOTOMETRIC) == CMYK, 1 if image.ndim == 2 else image.shape[2]
     checks = {
         "CMYK": cmyk,
         "alpha or further channels": not cmyk and tags.get(SAMPLES) > channels,
-        NAMES[CICP]: not {PROFILE, CICP} & metadata.keys() and (_png_space(data) or COLOUR_SPACE & tags.places.keys()),
-        "a profile of other colours": PROFILE in metadata.keys() - held(metadata, ".png", image).keys(),
+        NAMES[CICP]: not {PROFILE, CICP} & kept and (_not_srgb(chunks) or COLOUR_SPACE & tags.places.keys()),
+        "a profile of other colours": has_profile and PROFILE not in held(metadata, ".png", image),
         "further pictures (HDR gain map, depth)": any(part.startswith(b"\xe2MPF\0") for part in segments),
         "EXIF": {MAKE, EXIF_DIRECTORY} & tags.places.keys(),
         "XMP": re.search(rb"adobe(:ns:meta|\.com/xap|\.xmp)", data),

@@ -84,6 +84,11 @@ def test_the_thumbnail_of_the_rainy_photograph_is_cut_off(tmp_path):
         assert not image.getexif().get_ifd(ExifTags.IFD.IFD1)
 
 
+def test_a_profile_that_opencv_refuses_is_named(tmp_path):
+    make_image().convert("L").save(tmp_path / "a.png", icc_profile=SRGB)
+    assert len(read_picture(tmp_path / "a.png").lost) == 1
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_a_profile_is_kept_if_its_colours_are_those_of_the_pixels(tmp_path, suffix):
     for mode, profile, kept in (("RGB", SRGB, True), ("RGB", GREY, False), ("L", GREY, True), ("L", SRGB, False)):
