@@ -250,11 +250,108 @@ def test_output_names_a_folder_or_a_file(run, tmp_path, picture):
         "result.tif",
         *(f"result_stage{t}.tif" for t in (1, 2, 3)),
     }
-    for name in ("deep", "alpha"):  # the named format, which holds neither
-        assert run("still", "-i", tmp_path / f"in/{name}.png", "-o", tmp_path / f"new/{name}.jpg") == 0
-        image = read_image(tmp_path / f"new/{name}.jpg")
-        assert (image.shape, image.dtype) == ((5, 6, 3), np.uint8)
     assert (tmp_path / "out/index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("shape", "suffix", "kept"),
+    [
+        ((5, 6, 3), ".jpg", (5, 6, 3)),
+        ((5, 6, 4), ".jpg", (5, 6, 3)),
+        ((5, 6, 4), ".webp", (5, 6, 4)),
+        ((5, 6, 4), ".avif", (5, 6, 4)),
+        ((5, 6, 4), ".bmp", (5, 6, 4)),
+        ((5, 6), ".jpg", (5, 6)),
+    ],
+)
+def test_a_named_format_loses_only_what_it_does_not_hold(run, tmp_path, picture, capsys, shape, suffix, kept):
+    write_image(tmp_path / "x.png", picture(*shape, dtype=np.uint16))
+    assert run("still", "-i", tmp_path / "x.png", "-o", tmp_path / f"y{suffix}") == 0
+    image = read_image(tmp_path / f"y{suffix}")
+    assert (image.shape, image.dtype) == (kept, np.uint8)
+    assert ("alpha" in capsys.readouterr().out) == (len(shape) == 3 and kept[2:] != shape[2:])
+
+
+def test_results_elsewhere_need_no_page(run, tmp_path, picture, capsys):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "in" / name, picture(5, 5, 3))
+    (tmp_path / "out").touch()  # as if SHOW_DIR were on a disk that is read only
+    assert run("still", "-i", tmp_path / "in", "-o", tmp_path / "results") == 0
+    assert names(tmp_path / "results") == {"a.png", "b.png"}
+    assert capsys.readouterr().out.count(str(tmp_path / "out")) == 1
+
+
+def test_a_later_call_replaces_the_result_of_the_same_source_alone(run, tmp_path, picture):
+    shades = {"A/p.png": 10, "B/p.png": 60, "C/P.png": 110, "A/p_stage1.png": 160}
+    for name, shade in shades.items():
+        write_image(tmp_path / name, np.full((4, 4), shade, np.uint8))
+    folder = tmp_path / "out/still"
+    for name in [*shades, "B/p.png", "A/p.png"]:
+        assert run("still", "-i", tmp_path / name, *["--all-stages"] * (name == "A/p.png")) == 0
+    assert {name: int(read_image(folder / name)[0, 0]) for name in names(folder) if "stage" not in name} == {
+        "p.png": 10, "p_2.png": 60, "P_3.png": 110
+    }  # fmt: skip
+    assert {name: int(read_image(folder / name)[0, 0]) for name in names(folder) if "stage1" in name} == {
+        "p_stage1.png": 10, "p_stage1_2.png": 160
+    }  # fmt: skip
+    assert len(page_facts(folder)["images"]) == 4
+    for name in ("A/p.png", "B/p.png"):  # in a folder that is named, files are replaced
+        run("still", "-i", tmp_path / name, "-o", tmp_path / "results")
+    assert {name: int(read_image(tmp_path / "results" / name)[0, 0]) for name in names(tmp_path / "results")} == {
+        "p.png": 60
+    }
+
+
+@pytest.mark.parametrize("name", ["index.html", "page", "PAGE"])
+def test_names_of_the_page_are_no_folders_of_results(run, tmp_path, picture, name):
+    write_image(tmp_path / "in" / name / "x.png", picture(4, 4, 3))
+    write_image(tmp_path / "in" / f"{name}_2" / "x.png", picture(4, 4, 3))
+    with pytest.raises(BadArgument):
+        run("still", "-i", tmp_path / "in", "--recursive", "--run", name)
+    with pytest.raises(BadArgument):
+        run("still", "-i", tmp_path / "in", "--recursive", "-o", tmp_path / "out" / name)
+    assert not (tmp_path / "out").exists()
+    assert run("still", "-i", tmp_path / "in", "--recursive", "-o", tmp_path / "results", show_dir="other") == 0
+    assert (tmp_path / "results" / name / "x.png").is_file()
+    assert run("still", "-i", tmp_path / "in", "--recursive") == 0
+    assert names(tmp_path / "out/still") >= {f"{name}_2"}
+    assert len(list((tmp_path / "out/still").rglob("x*.png"))) == 2
+    assert len(page_facts(tmp_path / "out/still")["images"]) == 2
+
+
+def test_a_link_gives_way_to_its_file(run, tmp_path, picture):
+    write_image(tmp_path / "in/b.png", picture(5, 5, 3))
+    for link in ("a.png", "c.png"):
+        (tmp_path / "in" / link).symlink_to("b.png")
+    assert run("still", "-i", tmp_path / "in") == 0
+    assert names(tmp_path / "out/still") == {"b.png"}
+    assert run("still", "-i", tmp_path / "in/a.png", tmp_path / "in/c.png", show_dir="links") == 0
+    assert names(tmp_path / "links/still") == {"a.png"}
+
+
+def test_results_inside_the_searched_folder_are_left_out_the_next_time(run, tmp_path, picture, capsys):
+    write_image(tmp_path / "in/a.png", picture(5, 5, 3))
+    for _ in range(2):
+        assert run("still", "-i", tmp_path / "in", "--recursive", "-o", tmp_path / "in/new", show_dir="in/out") == 0
+    assert names(tmp_path / "in/new") == {"a.png"}
+    assert capsys.readouterr().out.count(f"{tmp_path}/in/new, {tmp_path}/in/out") == 1
+
+
+def test_without_every_stage_there_is_no_result(run, tmp_path, picture):
+    for name in ("a.png", "y" * 247 + ".png"):  # a name that is too long with _stage1
+        write_image(tmp_path / "in" / name, picture(5, 5, 3))
+    assert run("still", "-i", tmp_path / "in", "--all-stages") == 1
+    assert names(tmp_path / "out/still") == {"a.png", *(f"a_stage{t}.png" for t in (1, 2, 3))}
+
+
+def test_no_name_steers_the_terminal(run, tmp_path, picture, capsys):
+    write_image(tmp_path / "in/a\x1b[31m\n\u202eb.png", picture(5, 5, 3))
+    for name in ("c\x1b.png", "d\x1b.txt"):
+        (tmp_path / "in" / name).touch()
+    run("still", "-i", tmp_path / "in")
+    out = capsys.readouterr().out
+    assert [character in out for character in "\x1b\u202e"] == [False, False]
+    assert [text in out for text in ("a\\x1b[31m\\n\\u202eb.png", "c\\x1b.png", "d\\x1b.txt")] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -268,7 +365,6 @@ def test_output_names_a_folder_or_a_file(run, tmp_path, picture):
         ("-i in/x_stage1.png -o in/x.png --all-stages", Occupied),
         ("-i in -o in", Occupied),
         ("-i . --recursive -o in", Occupied),
-        ("-i in --recursive --show_dir", Occupied),
     ],
 )
 def test_outputs_that_are_refused(run, tmp_path, picture, monkeypatch, words, error):
@@ -279,7 +375,7 @@ def test_outputs_that_are_refused(run, tmp_path, picture, monkeypatch, words, er
     (tmp_path / "link.png").symlink_to("in/a.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(error):
-        run("still", *words.removesuffix(" --show_dir").split(), show_dir="in/sub" if "show_dir" in words else "out")
+        run("still", *words.split())
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -322,9 +418,9 @@ def test_equal_names_from_different_folders_keep_apart(run, tmp_path, picture):
     ],
 )
 def test_result_names(inputs, stage_num, results):
-    named = show.result_names({Path(name): Path() for name in inputs.split()}, stage_num)
+    named = show.result_names({Path(name): Path() for name in inputs.split()}, stage_num, {})
     assert named == [Path(name) for name in results.split()]
-    inside = show.result_names({Path(name): Path("sub") for name in inputs.split()}, stage_num)
+    inside = show.result_names({Path(name): Path("sub") for name in inputs.split()}, stage_num, {})
     assert inside == [Path("sub", name) for name in results.split()]
 
 
@@ -435,6 +531,7 @@ def test_a_page_of_somebody_else_is_kept(run, tmp_path, picture):
         (["-i", "~no-such-user/x.png"], MissingFile, "user"),
         (["-i", "nowhere.png", "-o", "~no-such-user"], MissingFile, "nowhere"),
         (["photo.png"], BadArgument, "-i"),
+        (["-i", "nowhere.png", "-o", ""], BadArgument, "output"),
         (["--colour", "red"], BadArgument, "--colour"),
         (["--log_level", "loud"], BadArgument, "log_level"),
         ([], MissingFile, "pairs"),

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -21,6 +22,7 @@ from base.files import ROOT
 
 log = logging.getLogger("sdsen")
 WIDTH = 100  # of the help, columns
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # colours, the cursor, the direction of text
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,8 +76,16 @@ def command_line(script: str, *words: str) -> str:
     return shlex.join(["python", min(os.path.relpath(path), path, key=len), *words])
 
 
+def printable(text: object, kept: str = "") -> str:
+    """Text whose control characters, which names of files may have, are escaped, except for those that are `kept`."""
+    return CONTROL.sub(lambda found: found[0] if found[0] in kept else ascii(found[0])[1:-1], str(text))
+
+
 class LogHandler(logging.StreamHandler):
     """Writes lines above the progress bars that a terminal shows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), kept="\n\t")
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):
@@ -144,13 +154,18 @@ class Interrupt:
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2, Ctrl-C 130."""
+    """Run `main(arguments)` and exit: a UserError becomes one line on standard error and exit status 2.
+
+    Ctrl-C or SIGTERM become 130.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # whose ranks may wait for one that has ended
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that they can't print
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
-        sys.stderr.write(f"{_rank_prefix()}error: {error}\n")  # one write, so that ranks do not mix their lines
+        sys.stderr.write(f"{_rank_prefix()}error: {printable(error)}\n")  # one write: ranks do not mix their lines
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

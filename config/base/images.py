@@ -5,6 +5,7 @@ A pair is one file: the clean background `B` in the left half, the rainy image `
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from base.errors import DamagedFile, Mismatch, MissingFile, OutOfMemory
 from base.files import write_bytes
-from base.metadata import JPEG, PROFILE, TIFF, held, jpeg_segments, losses, made_upright, unmultiplied, with_profile
+from base.metadata import JPEG, TIFF, completed, held, jpeg_segments, losses, made_upright, unmultiplied
 
 SAME_BACKGROUND = 0.995  # correlation of thumbnails; in Rain800 the same background reaches 0.999, others 0.991 at most
 WRITABLE = {".png", ".bmp", ".webp", ".avif", *JPEG, *TIFF}  # without losing more than such a file must lose
@@ -24,7 +25,8 @@ KINDS = {  # by a file's first bytes: a suffix, or what it is instead of an imag
     rb"\x89PNG\r\n": ".png",
     rb"\xff\xd8\xff": ".jpg",
     rb"RIFF....WEBP": ".webp",
-    rb"II[*+]\0|MM\0[*+]": ".tif",
+    rb"II\*\0|MM\0\*": ".tif",
+    rb"II\+\0|MM\0\+": "a BigTIFF image: convert it to TIFF",
     rb"BM.{12}[\x0c-\x7c]\0\0\0": ".bmp",
     rb"GIF8[79]a": ".gif",
     rb"....ftyp.{0,40}?avi[fs]": ".avif",
@@ -36,19 +38,20 @@ KINDS = {  # by a file's first bytes: a suffix, or what it is instead of an imag
     rb"....ftyp|....moov|RIFF....AVI |\x1aE\xdf\xa3|FLV|\0\0\x01[\xb3\xba]|OggS|\x30\x26\xb2\x75": "a video",
     rb"\Z": "empty",
 }
+UNKNOWN = "no image"
 
 
-def survey(folder: Path, recursive: bool = False) -> tuple[list[Path], dict[Path, str]]:
+def survey(folder: Path, recursive: bool = False, results: Iterable[Path] = ()) -> tuple[list[Path], dict[Path, str]]:
     """The image files of a folder in natural order ("2" before "10"), and why each other entry is left out.
 
-    Hidden files are in neither. Both are empty if there is no such folder.
+    Hidden files are in neither. Both are empty if there is no such folder. Folders of `results` in it are left out.
     """
     images: list[Path] = []
     left_out: dict[Path, str] = {}
-    visited = set()  # links may lead back
+    closed = {path.resolve(): "a folder of results" for path in results}
 
     def visit(folder: Path) -> None:
-        visited.add(folder.resolve())
+        closed[folder.resolve()] = "a folder that is read already"  # links may lead back
         try:
             entries = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=_natural)
         except OSError as error:
@@ -56,8 +59,8 @@ def survey(folder: Path, recursive: bool = False) -> tuple[list[Path], dict[Path
             return
         for path in entries:
             if recursive and path.is_dir():
-                if path.resolve() in visited:
-                    left_out[path] = "a folder that is read already"
+                if reason := closed.get(path.resolve()):
+                    left_out[path] = reason
                 else:
                     visit(path)
             elif reason := _no_image(path):
@@ -96,7 +99,7 @@ def kind_of(path: Path) -> str:
 
 
 def _kind(data: bytes) -> str:
-    return next((kind for start, kind in KINDS.items() if re.match(start, data, re.DOTALL)), "no image")
+    return next((kind for start, kind in KINDS.items() if re.match(start, data, re.DOTALL)), UNKNOWN)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -151,6 +154,8 @@ def _read(path: Path) -> tuple[bytes, np.ndarray, dict[int, bytes]]:
     kind = _kind(data[:64])
     if Path(path).suffix.lower() in RAW:
         raise DamagedFile(f"{path} is a raw file, {CONVERT}")
+    if kind[0] != "." and kind != UNKNOWN:
+        raise DamagedFile(f"{path} is {kind}")
     if _is_cut_off(data, kind):
         raise DamagedFile(f"{path} is cut off: get it again")
     image, metadata = _decode(path, data)
@@ -185,10 +190,14 @@ def _decode(path: Path, data: bytes) -> tuple[np.ndarray | None, dict[int, bytes
     return image, {int(key): np.asarray(value).tobytes() for key, value in zip(keys, values, strict=True)}
 
 
+def to_8bit(image: np.ndarray) -> np.ndarray:
+    """An image of `read_image` as uint8: 16 bits are rounded."""
+    return image if image.dtype == np.uint8 else ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
 def to_bgr8(image: np.ndarray) -> np.ndarray:
     """An image of `read_image` as (H, W, 3) BGR uint8: without alpha, 16 bits rounded to 8."""
-    if image.dtype == np.uint16:
-        image = ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    image = to_8bit(image)
     if image.ndim == 2:
         return np.repeat(image[..., None], 3, axis=2)
     return np.ascontiguousarray(image[..., :3])
@@ -212,7 +221,6 @@ def write_image(path: Path, image: np.ndarray, metadata: dict[int, bytes] | None
     quality = {".webp": cv2.IMWRITE_WEBP_QUALITY, ".avif": cv2.IMWRITE_AVIF_QUALITY}  # JPEG has 95
     how = [quality[suffix], 95] if suffix in quality else [cv2.IMWRITE_PNG_COMPRESSION, 3] if suffix == ".png" else []
     metadata = held(metadata or {}, suffix, image)
-    profile = metadata.pop(PROFILE, b"") if suffix in TIFF else b""
     values = [np.frombuffer(value, np.uint8)[None] for value in metadata.values()]
     try:
         encoder = ".jpg" if suffix in JPEG else suffix
@@ -221,7 +229,7 @@ def write_image(path: Path, image: np.ndarray, metadata: dict[int, bytes] | None
         done = False
     if not done:
         raise Mismatch(f"{path} can't hold an image of shape {image.shape}, {image.dtype}")
-    write_bytes(path, with_profile(data.tobytes(), profile) if profile else data.tobytes())
+    write_bytes(path, completed(data.tobytes(), suffix, metadata))
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""What an image file says besides its pixels: how it is to be turned, EXIF, the colour profile, further pictures.
+"""What an image file says besides its pixels: how it is to be turned, EXIF, the colours' space, further pictures.
 
-OpenCV carries EXIF and profiles; here is what it leaves out: TIFF's profile, AVIF's profile and turns.
+OpenCV carries EXIF and profiles; here is what it leaves out: TIFF's profile, AVIF's colour space and turns.
 """
 
 import re
@@ -9,13 +9,18 @@ from typing import Literal
 import cv2
 import numpy as np
 
-EXIF, PROFILE = cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_ICCP  # keys of metadata
-NAMES = {EXIF: "EXIF", PROFILE: "colour profile"}
+# Keys of metadata. CICP are four numbers (ITU-T H.273) that name a colour space.
+EXIF, PROFILE, CICP = cv2.IMAGE_METADATA_EXIF, cv2.IMAGE_METADATA_ICCP, cv2.IMAGE_METADATA_CICP
+NAMES = {EXIF: "EXIF", PROFILE: "colour profile", CICP: "a colour space without a profile"}
 JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
 TIFF = {".tif", ".tiff"}
 ORIENTATION, TIFF_PROFILE, PHOTOMETRIC, EXTRA_SAMPLES, MAKE, EXIF_DIRECTORY = 274, 34675, 262, 338, 271, 34665  # tags
+SAMPLES, COLOUR_SPACE = 277, {301, 318, 319}  # transfer function, white point, primaries
 CMYK = 5  # a value of PHOTOMETRIC
 WIDTH, HEIGHT = 40962, 40963  # tags in the EXIF directory
+SRGB = {b"gAMA": [45455], b"cHRM": [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000]}  # in PNG files, 1/100000
+LIKE_SRGB = {bytes([primaries, transfer]) for primaries in (1, 2) for transfer in (1, 2, 6, 13)}  # or unspecified
+NCLX = b"colrnclx"
 
 
 class Directory:
@@ -73,7 +78,8 @@ def upright(exif: bytes, number: int) -> bytes:
 def held(metadata: dict[int, bytes], suffix: str, image: np.ndarray) -> dict[int, bytes]:
     """The part of an image's metadata that a file with this suffix can hold."""
     grey = image.ndim == 2 and suffix != ".webp"
-    fits = {EXIF: suffix not in TIFF, PROFILE: metadata.get(PROFILE, b"")[16:20] == (b"GRAY" if grey else b"RGB ")}
+    profile_fits = metadata.get(PROFILE, b"")[16:20] == (b"GRAY" if grey else b"RGB ")
+    fits = {EXIF: suffix not in TIFF, PROFILE: profile_fits, CICP: suffix in (".png", ".avif")}
     formats, most = {*JPEG, *TIFF, ".png", ".webp", ".avif"}, 65000 if suffix in JPEG else 1 << 31
     return {key: data for key, data in metadata.items() if suffix in formats and fits[key] and len(data) < most}
 
@@ -96,16 +102,27 @@ def with_profile(tiff: bytes, profile: bytes) -> bytes:
     return body[:4] + len(body).to_bytes(4, order) + body[8:] + end
 
 
-def avif_facts(data: bytes) -> tuple[bytes, int, int]:
-    """An AVIF's colour profile, if any, the orientation that its boxes ask for, as EXIF's number, and its bits."""
+def completed(data: bytes, suffix: str, metadata: dict[int, bytes]) -> bytes:
+    """The bytes of a file that OpenCV has written, with what it leaves out of the metadata."""
+    if suffix in TIFF and PROFILE in metadata:
+        return with_profile(data, metadata[PROFILE])
+    if suffix == ".avif" and CICP in metadata and NCLX in data:
+        head, tail = data.split(NCLX, 1)
+        return head + NCLX + b"\0%c\0%c" % (*metadata[CICP][:2],) + tail[4:]
+    return data
+
+
+def avif_facts(data: bytes) -> tuple[bytes, bytes, int, int]:
+    """An AVIF's colour profile and CICP, if any, the orientation of its boxes, as EXIF's number, and its bits."""
     head = data[: data.find(b"mdat")]
-    at, coding = head.find(b"colrprof"), head.find(b"av1C")
+    at, named, coding = head.find(b"colrprof"), head.find(NCLX) + len(NCLX), head.find(b"av1C")
     profile = head[at + 8 : at - 4 + int.from_bytes(head[at - 4 : at], "big")] if at > 0 else b""
     turns = head[head.find(b"irot") + 4] & 3 if b"irot" in head else 0  # quarter turns, counter-clockwise, then:
     mirror = head[head.find(b"imir") + 4] & 1 if b"imir" in head else None  # 0: upside down, 1: left and right
     numbers = {None: (1, 8, 3, 6), 0: (4, 5, 2, 7), 1: (2, 7, 4, 5)}
     deep = head[coding + 6] if coding > 0 else 0
-    return profile, numbers[mirror][turns], 12 if deep & 32 else 10 if deep & 64 else 8
+    cicp = bytes([head[named + 1], head[named + 3], 0, 1]) if NCLX in head else b""  # as for RGB samples
+    return profile, cicp, numbers[mirror][turns], 12 if deep & 32 else 10 if deep & 64 else 8
 
 
 def jpeg_segments(data: bytes) -> tuple[list[bytes], int]:
@@ -137,10 +154,11 @@ def made_upright(
     data: bytes, kind: str, image: np.ndarray, found: dict[int, bytes]
 ) -> tuple[np.ndarray, dict[int, bytes]]:
     """The decoded image of a file of this kind made upright, and its metadata, of which OpenCV has `found` some."""
-    exif, profile = found.get(EXIF, b"").removeprefix(b"Exif\0\0"), found.get(PROFILE, b"")
+    exif, profile, cicp = (found.get(key, b"") for key in (EXIF, PROFILE, CICP))
+    exif = exif.removeprefix(b"Exif\0\0")
     number = orientation(exif)
     if kind == ".avif":
-        profile, number, bits = avif_facts(data)
+        profile, cicp, number, bits = avif_facts(data)
         if image.dtype == np.uint16:
             image = (image.astype(np.uint32) * 65535 // ((1 << bits) - 1)).astype(np.uint16)
     elif kind == ".jpg":
@@ -148,18 +166,43 @@ def made_upright(
     elif kind == ".tif":  # OpenCV has turned it, and made CMYK colours and alpha
         profile = tiff_profile(Directory(data))
         image = image[..., :3] if Directory(data).get(PHOTOMETRIC) == CMYK else image
-    metadata = {EXIF: upright(exif, number) if Directory(exif).places else b"", PROFILE: profile}
+    cicp = b"" if cicp[:2] in LIKE_SRGB or (profile and kind == ".avif") else cicp
+    metadata = {EXIF: upright(exif, number) if Directory(exif).places else b"", PROFILE: profile, CICP: cicp}
     return turn(image, number), {key: value for key, value in metadata.items() if value}
+
+
+def png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """The chunks of a PNG before its pixels, by name; none of other files."""
+    chunks, at = {}, 8
+    while data[:4] == b"\x89PNG" and data[at + 4 : at + 8] not in (b"IDAT", b""):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        chunks[data[at + 4 : at + 8]], at = data[at + 8 : end - 4], end
+    return chunks
+
+
+def _not_srgb(chunks: dict[bytes, bytes]) -> bool:
+    """Whether a PNG's gAMA or cHRM name a colour space that is not sRGB."""
+    pairs = [
+        (int.from_bytes(chunks[name][4 * i : 4 * i + 4], "big"), number)
+        for name in SRGB.keys() & chunks.keys()
+        for i, number in enumerate(SRGB[name])
+    ]
+    return b"sRGB" not in chunks and any(abs(found - number) > 100 for found, number in pairs)
 
 
 def losses(data: bytes, image: np.ndarray, metadata: dict[int, bytes]) -> list[str]:
     """What is in a file besides its first image that `metadata` does not hold, in a few words each."""
-    segments, tags = jpeg_segments(data)[0], Directory(data)
+    segments, tags, chunks, kept = jpeg_segments(data)[0], Directory(data), png_chunks(data), metadata.keys()
+    has_profile = PROFILE in kept or b"iCCP" in chunks  # OpenCV leaves out the latter if it does not fit
     four_channels = any(re.match(rb"[\xc0-\xc3].{5}\x04", part, re.DOTALL) for part in segments)
+    cmyk, channels = four_channels or tags.get(PHOTOMETRIC) == CMYK, 1 if image.ndim == 2 else image.shape[2]
     checks = {
-        "CMYK": four_channels or tags.get(PHOTOMETRIC) == CMYK,
-        "a profile of other colours": PROFILE in metadata.keys() - held(metadata, ".png", image).keys(),
+        "CMYK": cmyk,
+        "alpha or further channels": not cmyk and tags.get(SAMPLES) > channels,
+        NAMES[CICP]: not {PROFILE, CICP} & kept and (_not_srgb(chunks) or COLOUR_SPACE & tags.places.keys()),
+        "a profile of other colours": has_profile and PROFILE not in held(metadata, ".png", image),
         "further pictures (HDR gain map, depth)": any(part.startswith(b"\xe2MPF\0") for part in segments),
-        "EXIF": bool({MAKE, EXIF_DIRECTORY} & tags.places.keys()),
+        "EXIF": {MAKE, EXIF_DIRECTORY} & tags.places.keys(),
+        "XMP": re.search(rb"adobe(:ns:meta|\.com/xap|\.xmp)", data),
     }
     return [name for name, lost in checks.items() if lost]

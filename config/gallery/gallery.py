@@ -4,8 +4,8 @@
     SHOW_DIR/NAME/index.html             the page of the results in SHOW_DIR/NAME: page.html likewise
     SHOW_DIR/NAME/page/KEY/entry.json    the facts of one image, beside its previews
 
-A page shows all entries whose result still exists. So several calls and ranks add to one page, and one that was stopped
-half-way has left its entries.
+A page shows all entries whose result still exists. So several calls and ranks add to one page, also at once, and one
+that was stopped half-way has left its entries.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +29,17 @@ from base.console import log
 from base.errors import Occupied
 from base.files import write_bytes, write_json
 from base.images import to_bgr8, write_image
+from base.metadata import PROFILE
 
 HERE = Path(__file__).parent
 MARK = b'<meta name="generator" content="S-DSEN show.py">'  # an index.html without it is not replaced
 THUMBNAIL, PREVIEW, FULL = 192, 1600, 8192  # largest sides, pixels; FULL is for the zoom of what is larger than PREVIEW
 EVERY = 10  # seconds after which a long call writes the page again
+KINDS = {  # of the facts in an entry
+    **dict.fromkeys(("name", "source", "file", "key", "result", "checkpoint"), str),
+    **dict.fromkeys(("step", "width", "height", "gain", "last"), int),
+    **dict.fromkeys(("time", "change", "seconds"), (int, float)),
+}
 
 
 def rain_layer(O: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, int]:
@@ -49,6 +55,8 @@ def rain_layer(O: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, int]:
 
 class Gallery:
     """The page of a folder. Within `with`, images are added to it; at the end, also after an error, it is written."""
+
+    broken = False  # set it to leave the page as it is
 
     def __init__(self, folder: Path, checkpoint: str, step: int):
         """`checkpoint` is what the page says about the network. Raises Occupied if an index.html is somebody else's."""
@@ -67,7 +75,7 @@ class Gallery:
             if error is None:
                 ranks.gather([])  # waits for the entries of the other ranks
         finally:
-            if ranks.is_first() and self.write() and error is not None:
+            if ranks.is_first() and not self.broken and self.write() and error is not None:
                 log.info(f"page of the images that were finished: {self.page}")
 
     def add(
@@ -79,30 +87,34 @@ class Gallery:
         scores: Sequence[dict[str, float]] = (),
         change: float = 0.0,
         seconds: float = 0.0,
+        metadata: dict[int, bytes] | None = None,
     ) -> None:
         """Write the entry of an image in place of an earlier one of the same result.
 
         `source` is the file it was read from, `result` the file it was restored to; `images` are the image and each
-        stage, as of `read_image`, with their `scores`; `change` is the mean one, of 255 levels.
+        stage, as of `read_image`, with their `scores`; `change` is the mean one, of 255 levels. Of the `metadata`,
+        previews get the colour profile.
         """
         path = os.path.relpath(result, self.folder)
         place = self.folder / "page" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        shutil.rmtree(place, ignore_errors=True)
+        names = {"name": source.name, "source": source.parent.resolve() / source.name, "file": path}
         if path.startswith("..") or not path.isprintable():  # a server of SHOW_DIR can't reach it: a copy is linked
             write_bytes(place / f"result{result.suffix}", result.read_bytes())
             path = os.path.relpath(place / f"result{result.suffix}", self.folder)
         pictures, gain = _pictures(images, ground_truth)
         last = len(images) - 1  # the view of the result
         zoomed = ("Input", f"Stage {last}", "Ground truth")
-        views = [_view(place / str(i), *item, item[0] in zoomed) for i, item in enumerate(pictures.items())]
+        profile = {key: value for key, value in (metadata or {}).items() if key == PROFILE}
+        views = [_view(place / str(i), *item, item[0] in zoomed, profile) for i, item in enumerate(pictures.items())]
         for view, row in zip(views, scores, strict=False):  # the input and the stages come first
             view["scores"] = [round(row[name], 4) if math.isfinite(row[name]) else None for name in ("psnr", "ssim")]
-        _write_preview(place / "thumbnail.jpg", pictures[f"Stage {last}"], THUMBNAIL)
+        _write_preview(place / "thumbnail.jpg", pictures[f"Stage {last}"], THUMBNAIL, profile)
         height, width = images[0].shape[:2]
-        names = {"name": source.name, "source": source, "file": result.name}
-        entry = {name: _readable(value) for name, value in names.items()} | {"key": place.name, "result": quote(path)}
+        entry = {name: readable(value) for name, value in names.items()} | {"key": place.name, "result": quote(path)}
         entry |= {"width": width, "height": height, "gain": gain, "last": last, "views": views}
         write_json(place / "entry.json", {**entry, "change": change, "seconds": seconds, **self.facts})
+        written = [path, *(view[name] for view in views for name in ("url", "full") if name in view)]
+        _clear(place, {"entry.json", "thumbnail.jpg", *(Path(file).name for file in written)})
         if ranks.is_first() and time.monotonic() - self.written > EVERY:
             self.write()
 
@@ -110,7 +122,7 @@ class Gallery:
         """Write the page and the list of pages; returns False, and writes nothing, where the page has no entry."""
         entries = read_entries(self.folder)
         if entries:
-            _fill("page.html", self.page, {"name": _readable(self.folder.name), "images": entries, **_means(entries)})
+            _fill("page.html", self.page, {"name": readable(self.folder.name), "images": entries, **_means(entries)})
             pages = [_describe(page.parent) for page in self.folder.parent.glob("*/index.html") if _is_ours(page)]
             _fill("list.html", self.folder.parent / "index.html", {"pages": [page for page in pages if page]})
         self.written = time.monotonic()
@@ -118,16 +130,34 @@ class Gallery:
 
 
 def read_entries(folder: Path) -> list[dict[str, Any]]:
-    """The entries in a folder of results, by key; without those whose result is gone."""
+    """The entries in a folder of results, by key; without those whose result is gone, and without damaged ones."""
     entries = []
     for path in sorted((folder / "page").glob("*/entry.json")):
-        try:
+        with suppress(OSError, ValueError, LookupError, TypeError):
             entry = json.loads(path.read_bytes())
-        except (OSError, ValueError):  # another call replaces it now
-            continue
-        if (folder / unquote(entry["result"])).exists():
-            entries.append(entry)
+            _check(entry)
+            if entry["key"] == path.parent.name and (folder / unquote(entry["result"])).exists():
+                entries.append(entry)
     return entries
+
+
+def _check(entry: dict[str, Any]) -> None:
+    """Raise ValueError, LookupError or TypeError if an entry is damaged."""
+    json.dumps(entry, allow_nan=False)
+    _means([entry])
+    views, texts = entry["views"], [view[name] for view in entry["views"] for name in ("label", "url")]
+    scores = [score or 0.0 for view in views for score in view.get("scores", (0.0, 0.0))]
+    right = all(isinstance(entry[name], kind) for name, kind in KINDS.items()) and 0 < entry["last"] < len(views)
+    if not right or set(map(type, texts)) != {str} or set(map(type, scores)) != {float} or len(scores) != len(texts):
+        raise ValueError("damaged")
+
+
+def _clear(place: Path, kept: set[str]) -> None:
+    """Remove the files of an earlier entry; hidden ones are just being written by another call."""
+    for file in place.glob("[!.]*"):
+        with suppress(OSError):
+            if file.name not in kept:
+                file.unlink()
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -137,7 +167,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         return {}
     newest = max(entries, key=lambda entry: entry["time"])
     facts = {name: newest[name] for name in ("checkpoint", "step", "time", "key")} | {"count": len(entries)}
-    return {"name": _readable(folder.name), "url": quote(os.fsencode(folder.name)), **facts, **_means(entries)}
+    return {"name": readable(folder.name), "url": quote(os.fsencode(folder.name)), **facts, **_means(entries)}
 
 
 def _means(entries: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -159,21 +189,21 @@ def _pictures(images: Sequence[np.ndarray], ground_truth: np.ndarray | None) -> 
     return pictures if ground_truth is None else {**pictures, "Ground truth": ground_truth}, gain
 
 
-def _view(path: Path, label: str, picture: np.ndarray, zoomed: bool) -> dict[str, Any]:
+def _view(path: Path, label: str, picture: np.ndarray, zoomed: bool, profile: dict[int, bytes]) -> dict[str, Any]:
     """Write a picture's previews; its part of the entry: their addresses, and the largest side of the larger one."""
     sides = {"url": PREVIEW} | ({"full": FULL} if zoomed and max(picture.shape) > PREVIEW else {})
     view: dict[str, Any] = {"label": label}
     for name, side in sides.items():
         file = path.with_name(f"{path.name}_{name}.jpg")
-        view |= {name: f"page/{path.parent.name}/{file.name}", "side": _write_preview(file, picture, side)}
+        view |= {name: f"page/{path.parent.name}/{file.name}", "side": _write_preview(file, picture, side, profile)}
     return view
 
 
-def _write_preview(path: Path, picture: np.ndarray, largest: int) -> int:
+def _write_preview(path: Path, picture: np.ndarray, largest: int, profile: dict[int, bytes]) -> int:
     """Write a picture whose sides are at most `largest` pixels; returns the larger one."""
     scale = min(1.0, largest / max(picture.shape[:2]))
     height, width = (max(1, round(scale * side)) for side in picture.shape[:2])
-    write_image(path, cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
+    write_image(path, cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), profile)
     return max(height, width)
 
 
@@ -193,12 +223,12 @@ def _is_ours(page: Path) -> bool:
     """Whether a page may be replaced: it is missing or was written here."""
     try:
         return MARK in page.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:
         return False
 
 
-def _readable(name: str | Path) -> str:
+def readable(name: str | Path) -> str:
     """A name as text; its bytes may be no UTF-8."""
     return os.fsencode(name).decode(errors="replace")

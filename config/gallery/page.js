@@ -1,6 +1,13 @@
 const find = selector => document.querySelector(selector);
 const clamp = value => Math.min(100, Math.max(0, value));
 const newest = facts.images.reduce((a, b) => b.time > a.time ? b : a);
+
+// An image's name here: as much of its source's path as tells it from the others.
+const tails = source => source.split("/").map((_, index, parts) => parts.slice(-1 - index).join("/"));
+const uses = new Map();
+for (const source of new Set(facts.images.map(image => image.source)))
+  for (const tail of tails(source)) uses.set(tail, (uses.get(tail) ?? 0) + 1);
+for (const image of facts.images) image.name = tails(image.source).find(tail => uses.get(tail) === 1) ?? image.name;
 const made = image => `${image.checkpoint}, step ${image.step}, ${count(image.last, "stage")}`;
 
 function makeButton(text, parent, action) {
@@ -118,7 +125,7 @@ function card(image) {
   row("Mean change", image.change.toFixed(1));
   row("Restored", `${when(image.time)}, ${image.seconds.toFixed(2)} s`);
   if (made(image) !== made(newest)) row("By", made(image));
-  Object.assign(part("[aria-label=Zoom] a"), {href: at(image.result), download: image.file});
+  Object.assign(part("[aria-label=Zoom] a"), {href: at(image.result), download: image.file.split("/").pop()});
 
   part(".against").hidden = !truth;
   for (const view of truth ? [image.views[0], truth] : [])
@@ -162,7 +169,7 @@ const orders = {
 function mark(number) {
   const list = shown();
   current = Math.max(0, Math.min(list.length - 1, number));
-  find("nav small").textContent = `${list.length && current + 1} / ${list.length}`;
+  find("nav small").textContent = list.length ? `${current + 1} / ${list.length}` : "no match";
   for (const {link} of cards) link.removeAttribute("aria-current");
   if (!list.length) return;
   const {link, item} = list[current], box = find("nav ol");

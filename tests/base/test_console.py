@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM; commands to paste; words that are empty; progress."""
+"""Ctrl-C and SIGTERM; commands to paste; what goes to the terminal; words that are empty; progress."""
 
 import logging
 import shlex
@@ -8,7 +8,7 @@ import sys
 import pytest
 import tqdm.std
 
-from base.console import Interrupt, LogHandler, Parser, Progress, Stopped, command_line, log
+from base.console import Interrupt, LogHandler, Parser, Progress, Stopped, command_line, log, run_script, set_up_log
 from base.errors import BadArgument
 from base.files import ROOT
 
@@ -139,3 +139,33 @@ def test_empty_words_are_refused(words):
     assert parser.parse_args([]).n == ""
     with pytest.raises(BadArgument):
         parser.parse_args(words)
+
+
+def test_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch):
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda words: signal.raise_signal(signal.SIGTERM))
+        assert ended.value.code == 130
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda words: signal.raise_signal(signal.SIGTERM))
+        assert ended.value.code == 0
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_names_in_messages_do_not_steer_a_terminal(monkeypatch, capsys):
+    def fail(words):
+        raise BadArgument("x\x1b[31m\n\u202ey")
+
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_script(fail)
+    signal.signal(signal.SIGTERM, former)
+    assert capsys.readouterr().err.endswith("x\\x1b[31m\\n\\u202ey\n")
+    monkeypatch.setattr(log, "handlers", log.handlers)
+    set_up_log()
+    log.warning("two\n\tlines \x9b\u200d\u3000é")
+    assert capsys.readouterr().out == "two\n\tlines \\x9b\u200d\u3000é\n"

@@ -125,6 +125,15 @@ def test_file_that_is_missing_or_of_another_depth(tmp_path):
         read_image(tmp_path / "float.tiff")
 
 
+@pytest.mark.parametrize("head", [b"II+\0\x08\0\0\0", b"MM\0+\0\x08\0\0"])
+def test_a_bigtiff_is_refused_by_its_kind(tmp_path, head, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecodeWithMetadata", None)
+    (tmp_path / "a.tif").write_bytes(head + bytes(900))
+    assert not kind_of(tmp_path / "a.tif").startswith(".")
+    with pytest.raises(DamagedFile):
+        read_image(tmp_path / "a.tif")
+
+
 def test_to_bgr8():
     for image in IMAGES.values():
         bgr = to_bgr8(image)
@@ -199,6 +208,15 @@ def test_folders_in_folders_are_read_once_each(tmp_path):
     assert [path.name for path in left_out] == ["loop"]
     assert {path.name for path in survey(tmp_path / "in")[1]} == {"2", "linked"}
     assert survey(tmp_path / ("x" * 300)) == ([], {})
+
+
+def test_folders_of_results_are_left_out_but_for_the_one_that_is_named(tmp_path):
+    for name in ("a.png", "out/b.png", "sub/out/c.png"):
+        write_image(tmp_path / name, IMAGES["grey"])
+    results = tmp_path, tmp_path / "sub/../out", tmp_path / "absent"
+    images, left_out = survey(tmp_path, recursive=True, results=results)
+    assert [path.relative_to(tmp_path).as_posix() for path in images] == ["a.png", "sub/out/c.png"]
+    assert [path.name for path in left_out] == ["out"]
 
 
 def test_backgrounds_are_found_in_another_size_and_brightness():

@@ -1,14 +1,15 @@
 """EXIF, colour profiles, turns and what is lost, against what Pillow writes and reads."""
 
 import io
+import zlib
 
 import cv2
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
 from base.images import read_image, read_picture, write_image
-from base.metadata import EXIF, PROFILE
+from base.metadata import CICP, EXIF, PROFILE, held
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "avif": "AVIF"}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -81,6 +82,11 @@ def test_the_thumbnail_of_the_rainy_photograph_is_cut_off(tmp_path):
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.getexif()[ORIENTATION] == 1
         assert not image.getexif().get_ifd(ExifTags.IFD.IFD1)
+
+
+def test_a_profile_that_opencv_refuses_is_named(tmp_path):
+    make_image().convert("L").save(tmp_path / "a.png", icc_profile=SRGB)
+    assert len(read_picture(tmp_path / "a.png").lost) == 1
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -176,3 +182,61 @@ def test_damaged_exif_is_no_reason_to_refuse_an_image(tmp_path, length):
         picture = read_picture(tmp_path / f"{name}.jpg")
         write_image(tmp_path / "c.jpg", picture.image, picture.metadata)
         assert sorted(read_image(tmp_path / "c.jpg").shape) == [3, 24, 40]
+
+
+def add_chunk(path, name: bytes, value: bytes) -> None:
+    """Put a chunk before a PNG's pixels."""
+    data, chunk = path.read_bytes(), name + value
+    path.write_bytes(
+        data[:33] + len(value).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[33:]
+    )
+
+
+@pytest.mark.parametrize("target", ["png", "avif"])
+@pytest.mark.parametrize("source", ["png", "avif"])
+def test_a_colour_space_without_a_profile_comes_back(tmp_path, source, target):
+    path = tmp_path / f"a.{source}"
+    write_image(path, np.asarray(make_image()), {CICP: bytes([12, 13, 0, 1])})
+    picture = read_picture(path)
+    assert (picture.metadata, picture.lost) == ({CICP: bytes([12, 13, 0, 1])}, [])
+    write_image(tmp_path / f"b.{target}", picture.image, picture.metadata)
+    assert read_picture(tmp_path / f"b.{target}").metadata == picture.metadata
+    with Image.open(tmp_path / f"b.{target}") as written:
+        assert np.abs(np.asarray(written).astype(int)[..., ::-1] - picture.image).mean() < 6
+    assert CICP not in held(picture.metadata, ".jpg", picture.image)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lost"),
+    [
+        ({b"gAMA": [100000]}, 1),
+        ({b"gAMA": [45455], b"cHRM": [31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000]}, 1),
+        ({b"gAMA": [45454], b"cHRM": [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000]}, 0),
+        ({b"gAMA": [100000], b"sRGB": []}, 0),  # which counts for more
+        ({b"cHRM": [1]}, 1),  # damaged
+    ],
+)
+def test_a_colour_space_that_is_not_kept_is_named(tmp_path, chunks, lost):
+    make_image().save(tmp_path / "a.png")
+    for name, numbers in chunks.items():
+        value = b"".join(number.to_bytes(4, "big") for number in numbers)
+        add_chunk(tmp_path / "a.png", name, value or b"\0")
+    assert len(read_picture(tmp_path / "a.png").lost) == lost
+    make_image().save(tmp_path / "a.tif", tiffinfo={319: (0.68, 0.32, 0.265, 0.69, 0.15, 0.06)})
+    assert len(read_picture(tmp_path / "a.tif").lost) == 1
+
+
+def test_alpha_that_opencv_leaves_out_is_named(tmp_path):
+    make_image().convert("LA").save(tmp_path / "a.tif")
+    picture = read_picture(tmp_path / "a.tif")
+    assert (picture.image.shape, len(picture.lost)) == ((24, 40), 1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
+def test_xmp_is_named(tmp_path, suffix):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"></x:xmpmeta>'
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
+    more = {"png": {"pnginfo": text}, "tif": {"tiffinfo": {700: xmp}}}.get(suffix, {"xmp": xmp})
+    make_image().save(tmp_path / f"a.{suffix}", **more)
+    assert read_picture(tmp_path / f"a.{suffix}").lost == ["XMP"]

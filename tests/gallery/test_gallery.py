@@ -12,9 +12,11 @@ from urllib.parse import unquote
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageCms
 
 from base.errors import Occupied
 from base.images import read_image, write_image
+from base.metadata import EXIF, PROFILE
 from gallery import gallery
 from gallery.gallery import Gallery, rain_layer
 
@@ -79,6 +81,57 @@ def test_a_replaced_image_leaves_no_previews(tmp_path):
     found = {str(path.relative_to(page.folder)) for path in page.folder.rglob("*.jpg")}
     assert found == previews(image)
     assert image["last"] == 2
+
+
+def test_calls_at_once_leave_each_others_files(tmp_path, monkeypatch):
+    """The second call adds the same image while the first one writes its entry."""
+    write = gallery.write_json
+
+    def write_late(path, values):
+        monkeypatch.setattr(gallery, "write_json", write)
+        (path.parent / ".1234.5.tmp").touch()  # what a third call is writing
+        add(Gallery(tmp_path / "run", "run/latest.pth", 9), "a.png", stages=2)
+        write(path, values)
+
+    monkeypatch.setattr(gallery, "write_json", write_late)
+    page = make(tmp_path / "run", "a.png")
+    (image,) = facts(page.page)["images"]
+    assert all((page.folder / url).is_file() for url in previews(image))
+    assert (page.folder / "page" / image["key"] / ".1234.5.tmp").is_file()
+
+
+WRONG = [[], {}, "x", None, *({name: wrong} for name in gallery.KINDS for wrong in (None, [1], {}))]
+WRONG += [{"views": wrong} for wrong in ([], {}, "x", [{}], [[]] * 3, [None] * 3)]
+WRONG += [{"last": 9}, {"last": 0}, {"change": float("nan")}, {"key": "other"}, {"result": "gone.png"}]
+
+
+def test_a_damaged_entry_is_left_out(tmp_path):
+    scores = [{"psnr": 20.0, "ssim": 0.5}] * 2
+    with Gallery(tmp_path / "run", "run/best.pth", 7) as page:
+        add(page, "a.png", scores=scores)
+        add(page, "b.png", scores=scores)
+    entry = next(path for path in page.folder.glob("page/*/entry.json") if b'"a.png"' in path.read_bytes())
+    whole = json.loads(entry.read_bytes())
+    rows = [{**view, "scores": wrong} for view in whole["views"][:1] for wrong in (None, [], [1.0], ["x", None], 3)]
+    wrong = [*WRONG, *({"views": [row, *whole["views"][1:]]} for row in rows)]
+    for values in wrong:
+        changed = {**whole, **values} if isinstance(values, dict) and values else values
+        entry.write_text(json.dumps(changed))
+        page.write()
+        assert images(page.folder).keys() == {"b.png"}, values
+    entry.write_text(json.dumps(whole))
+    page.write()
+    assert images(page.folder).keys() == {"a.png", "b.png"}
+
+
+def test_previews_have_the_profile_of_the_image(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    with Gallery(tmp_path / "run", "run/best.pth", 7) as page:
+        add(page, "a.png", draw(20, 2000), metadata={PROFILE: profile, EXIF: b"MM\0*\0\0\0\x08\0\0"})
+    (image,) = facts(page.page)["images"]
+    for url in previews(image):
+        with Image.open(page.folder / url) as preview:
+            assert (preview.info["icc_profile"], "exif" in preview.info) == (profile, False)
 
 
 def test_an_image_whose_result_is_gone_leaves_the_page(tmp_path):
@@ -184,7 +237,7 @@ def test_a_result_elsewhere_is_copied_for_the_page(tmp_path):
     copy = page.folder / image["result"]
     assert copy.resolve().is_relative_to(page.folder)
     assert copy.read_bytes() == (tmp_path / "elsewhere/a b.png").read_bytes()
-    assert image["file"] == "a b.png"
+    assert Path(image["file"]).name == "a b.png"
 
 
 def test_previews_are_small_and_the_zoom_has_every_pixel(tmp_path):
@@ -231,13 +284,17 @@ def test_a_browser_draws_the_pages(tmp_path):
         scores = [{"psnr": 20.0, "ssim": float("nan")}, {"psnr": 26.0, "ssim": float("nan")}]
         add(page, "<b>.png", scores=scores, ground_truth=draw(6, 8))
         add(page, "wide.png", draw(20, 2000), stages=3)
+        page.add(Path("A/x.png"), page.folder / "wide.png", [draw(6, 8)] * 2)
+        write_image(page.folder / "x_2.png", draw(6, 8))
+        page.add(Path("B/x.png"), page.folder / "x_2.png", [draw(6, 8)] * 2)
     drawn = {}
     for file in (page.page, tmp_path / "index.html"):
         command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
         done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=60)
         drawn[file] = done.stdout
     text = drawn[page.page].partition("<template")[0]
-    assert text.count("<article") == 2 == text.count("aria-valuenow")
-    assert len(re.findall("<li><a", text)) == len(re.findall('download="', text)) == 2
+    assert text.count("<article") == 3 == text.count("aria-valuenow")
+    assert len(re.findall("<li><a", text)) == len(re.findall('download="', text)) == 3
+    assert [f'<h2 title="{Path(name).resolve()}">{name}<' in text for name in ("A/x.png", "B/x.png")] == [True, True]
     assert "&lt;b&gt;.png" in text
     assert 'href="run/index.html"' in drawn[tmp_path / "index.html"]
