@@ -181,7 +181,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.set == "folders" and given != ["clean", "rainy"]:
         parser.error("folders needs --clean DIR and --rainy DIR")
     if (options.set != "folders" and (options.split or not set(given) <= {"source", "train", "test"})) or not given:
-        parser.error(f"{options.set} needs SOURCE, --train DIR or --test DIR")
+        parser.error(
+            f"{options.set} needs SOURCE, --train DIR or --test DIR; --clean, --rainy and --split are for `folders`"
+        )
     if options.val is not None and options.val < 0:
         parser.error(f"--val must be at least 0, got {options.val}")
     options.data_dir = (options.data_dir or ROOT / "data" / options.set).resolve()
