@@ -42,10 +42,10 @@ def find_pairs(options: argparse.Namespace, report: Report) -> dict[str, list[Pa
         found.setdefault(options.split or "train", []).extend(Found(path, (), role) for path in images)
         report["ignored"] += layouts.left_out(others)
     given = {split: folder for split in ("train", "test") if (folder := getattr(options, split))}
-    others = {options.data_dir, *(folder.resolve() for folder in given.values())}
+    apart = {options.data_dir, *(folder.resolve() for folder in given.values())}
     for split, root in (("", options.source), *given.items()):
         if root:
-            images, ignored = layouts.find_images(options.set, root, others, split, given if not split else ())
+            images, ignored = layouts.find_images(options.set, root, apart, split, given if not split else ())
             report["ignored"] += [line for line in ignored if line not in report["ignored"]]
             found |= images
     pairs = {split: pair_up(split, images, options, report) for split, images in found.items()}
@@ -156,43 +156,34 @@ def thumbnails_in(data_dir: Path, split: str) -> dict[str, np.ndarray]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "set",
-        choices=LAYOUTS,
-        metavar="SET",
-        help=f"one of {', '.join(LAYOUTS)} (own: any other set; joined: the same)",
-    )
-    parser.add_argument(
-        "source", nargs="?", type=Path, metavar="SOURCE", help="the unpacked download; train and test are found in it"
-    )
-    parser.add_argument(
-        "--train", type=Path, metavar="DIR", help="the folder of the training pairs, instead of what SOURCE holds"
-    )
-    parser.add_argument(
-        "--test", type=Path, metavar="DIR", help="the folder of the test pairs, instead of what SOURCE holds"
-    )
-    parser.add_argument("--clean", type=Path, metavar="DIR", help="folders: the clean images")
-    parser.add_argument("--rainy", type=Path, metavar="DIR", help="folders: the rainy images")
-    parser.add_argument("--split", choices=["train", "test"], help="folders: what these pairs are for (default: train)")
-    parser.add_argument(
-        "--data_dir", type=Path, metavar="DIR", help="where to write (default: data/SET of the repository)"
-    )
-    parser.add_argument(
-        "--val",
-        type=int,
-        help="validation pairs, taken from the training pairs (default: 100, or a tenth of fewer than 200)",
-    )
+    text = f"one of {', '.join(LAYOUTS)} (own: any other set; joined: the same)"
+    parser.add_argument("set", choices=LAYOUTS, metavar="SET", help=text)
+    text = "the unpacked download; train and test are found in it"
+    parser.add_argument("source", nargs="?", type=Path, metavar="SOURCE", help=text)
+    for name, text in {
+        "train": "the folder of the training pairs, instead of what SOURCE holds",
+        "test": "the folder of the test pairs, instead of what SOURCE holds",
+        "clean": "folders: the clean images",
+        "rainy": "folders: the rainy images",
+        "data_dir": "where to write (default: data/SET of the repository)",
+    }.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=text)
+    text = "folders: what these pairs are for (default: train)"
+    parser.add_argument("--split", choices=["train", "test"], help=text)
+    text = "validation pairs, taken from the training pairs (default: 100, or a tenth of fewer than 200)"
+    parser.add_argument("--val", type=int, help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of that choice (default: 0)")
     parser.add_argument("--drop_shared", action="store_true", help="leave out training pairs on test backgrounds")
-    parser.add_argument(
-        "--clean_side", choices=["left", "right"], help="joined files: the clean half (default: detected)"
-    )
+    text = "joined files: the clean half (default: detected)"
+    parser.add_argument("--clean_side", choices=["left", "right"], help=text)
     options = parser.parse_args(arguments)
     given = [name for name in ("source", "train", "test", "clean", "rainy") if getattr(options, name)]
     if options.set == "folders" and given != ["clean", "rainy"]:
         parser.error("folders needs --clean DIR and --rainy DIR")
     if (options.set != "folders" and (options.split or not set(given) <= {"source", "train", "test"})) or not given:
-        parser.error(f"{options.set} needs SOURCE, --train DIR or --test DIR")
+        parser.error(
+            f"{options.set} needs SOURCE, --train DIR or --test DIR; --clean, --rainy and --split are for `folders`"
+        )
     if options.val is not None and options.val < 0:
         parser.error(f"--val must be at least 0, got {options.val}")
     options.data_dir = (options.data_dir or ROOT / "data" / options.set).resolve()

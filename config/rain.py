@@ -75,17 +75,26 @@ def read_clean(path: Path, options: argparse.Namespace) -> np.ndarray:
 
 
 def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
-    """The folder for the pairs of each clean image, so that a photograph is in one split. Raises UserError."""
-    target, counts = options.target, (options.val, options.test)
+    """The folder for the pairs of each clean image. Raises UserError where these or others are in the way."""
+    target = options.target
     places = [target] if target.name in SPLITS else [target / split for split in SPLITS]
     if {place.resolve() for place in (target, *places)} & {options.source.resolve(), paths[0].parent.resolve()}:
         raise Occupied(f"{target} holds the clean images: choose another folder for the pairs")
     if target.exists() and not target.is_dir():
         raise Occupied(f"{target} is a file: choose another folder for the pairs")
-    if target.name in SPLITS:
-        if counts != (None, None):
-            raise BadArgument(f"--val and --test divide a data set, but {target} is one split: leave them out")
-        return dict.fromkeys(paths, target)
+    if target.name in SPLITS and (options.val, options.test) != (None, None):
+        raise BadArgument(f"--val and --test divide a data set, but {target} is one split: leave them out")
+    folders = dict.fromkeys(paths, target) if target.name in SPLITS else divide(paths, options)
+    planned = {f"{folder / path.stem}_x{k + 1}.png" for path, folder in folders.items() for k in range(options.count)}
+    for path in (path for place in places for path in images.list_images(place)):
+        if str(path) not in planned:
+            raise Occupied(f"{path} does not come from these images and options: choose another folder for the pairs")
+    return folders
+
+
+def divide(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
+    """The split's folder for each clean image, so that a photograph is in one split. Raises BadArgument."""
+    target, counts = options.target, (options.val, options.test)
     val, test = (-(-len(paths) // 10) if count is None else count for count in counts)
     if val + test >= len(paths):
         least = f"--val {val} and --test {test} leave none of {len(paths)} images for training"
@@ -106,10 +115,6 @@ def choose_folders(paths: list[Path], options: argparse.Namespace) -> dict[Path,
         folders |= {pair.rainy: target / split for pair in rest if pair.name in names}
         if count and not names:
             raise BadArgument(f"no photograph is left for {split}, as images that show the same stay together")
-    planned = {f"{folder / path.stem}_x{k + 1}.png" for path, folder in folders.items() for k in range(options.count)}
-    for path in (path for place in places for path in images.list_images(place)):
-        if str(path) not in planned:
-            raise Occupied(f"{path} does not come from these images and options: choose another folder for the pairs")
     return folders
 
 

@@ -762,8 +762,9 @@ def test_a_test_folder_is_not_ignored_and_must_hold_pairs(tmp_path):
 
 
 def test_lists_of_spa_data_with_tabs_and_other_names(tmp_path):
-    source = lay_out(tmp_path / "SPA-Data", SPA)
+    source = lay_out(tmp_path / "download", SPA)
     lines = SPA_LISTS["Training/real_world.txt"].replace(" ", "\t")
+    (source / "Testing/test_list.txt").write_text(SPA_LISTS["Testing/real_test_1000.txt"].splitlines()[0])
     (source / "Training/train_list.txt").write_text(lines, "utf-8-sig")
     (source / "Training/readme.txt").write_text("no list")
     run("spa", source, "--data_dir", tmp_path / "out", "--val", 2)
@@ -771,7 +772,8 @@ def test_lists_of_spa_data_with_tabs_and_other_names(tmp_path):
     ignored = "\n".join(report(tmp_path / "out")["ignored"])
     assert "real_world/9/rain" in ignored
     assert "readme.txt" in ignored
-    assert "train_list.txt" not in ignored
+    assert "_list.txt" not in ignored
+    assert names_of(tmp_path / "out", "test") == {"001.png"}
 
 
 def test_folders_that_do_not_say_which_is_clean(tmp_path):

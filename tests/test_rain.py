@@ -206,10 +206,13 @@ def test_other_rain_does_not_replace_what_is_there(tmp_path, target):
     source = photographs(tmp_path / "clean", 4)
     arguments = ["draw", str(source), str(tmp_path / target)]
     rain.main(arguments)
+    photographs(tmp_path / "others", 4, first=4)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     for other in (["--style", "rain800"], ["--seed", "1"]):
         with pytest.raises(Occupied):
             rain.main([*arguments, *other])
+    with pytest.raises(Occupied):
+        rain.main(["draw", str(tmp_path / "others"), *arguments[2:]])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 

@@ -86,9 +86,9 @@ def find_images(
         found[where, sure] += [Found(path, parts, role_of(path, parts)) for path in pairs]
         ignored += left_out(dict.fromkeys(set(images) - set(pairs), reason or "by name no pair"))
         for path in (path for path in no_images if set_name == "spa" and path.suffix == ".txt"):
-            where, sure, reason = split_of(set_name, root, (*parts, path.stem), split)
+            where, _, reason = split_of(set_name, root, (*parts, path.stem), split)
             if not reason and where not in replaced and (listed := _read_list(path, ignored)):
-                found[where, sure] += listed
+                found[where, 2] += listed
                 no_images[path] = ""
         ignored += left_out({path: why for path, why in no_images.items() if why and not path.is_dir()})
     result = {}
