@@ -97,7 +97,7 @@ def test_constant_channels_are_those_of_a_full_feature_map(cls):
 
 
 def test_a_copy_of_the_file_works_alone(tmp_path):
-    """As docs/NETWORKS.md says: outside the repository, with torch only."""
+    """As docs/USE.md says: outside the repository, with PyTorch alone."""
     shutil.copy(groupy.__file__, tmp_path)
     code = (
         "import groupy, torch; print(*groupy.P4ConvP4(2, 3, 5)(groupy.P4ConvZ2(3, 2, 3)(torch.ones(1, 3, 9, 9))).shape)"

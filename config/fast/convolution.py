@@ -4,7 +4,7 @@
 the CPU go through winograd.py, and those under autocast through `HalfConvolution`. The rest is PyTorch's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -50,11 +50,11 @@ class Filters:
 
 
 class FilterLayer:
-    """For a convolution layer: the filters that it makes of its parameters, anew in each forward pass.
+    """For a convolution layer: the filters that it makes of its parameters, anew in each forward pass."""
 
-    A class that inherits it has `make_filters()`, the ordinary convolution's filters (O, I, k, k) and bias (O) or None.
-    """
-
+    make_filters: Callable[[], tuple[Tensor, Tensor | None]]  # the ordinary convolution's (O, I, k, k) and bias (O)
+    stride: Pair
+    padding: Pair
     shared: Filters | None = None  # see `shared_filters`
 
     def filters(self) -> Filters:
