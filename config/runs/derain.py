@@ -54,7 +54,7 @@ def _exact_float32() -> Iterator[None]:
 
 
 def load(weights: str) -> Derain:
-    """The pretrained weights of that name, on the fastest device. Raises MissingFile, or DamagedFile by their SHA-256."""
+    """The pretrained weights of that name, on the fastest device. Raises MissingFile, DamagedFile by their SHA-256."""
     lines = (ROOT / "models" / "SHA256SUMS").read_text().split()
     sums = dict(zip(lines[1::2], lines[::2], strict=True))  # digests by file
     path = ROOT / "models" / f"{weights}.pth"

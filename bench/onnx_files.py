@@ -3,7 +3,7 @@
     pip install -r requirements-onnx.txt
     python config/main.py -a export -m photographs --format onnx
     python config/main.py -a export -m photographs --format onnx --precision fp16 --run photographs_fp16
-    OMP_NUM_THREADS=2 python bench/exported.py --onnx models/photographs.onnx models/photographs_fp16.onnx
+    OMP_NUM_THREADS=2 python bench/onnx_files.py --onnx models/photographs.onnx models/photographs_fp16.onnx
 
 The sizes are of random images. --images adds photographs. The time is that of the first of the sizes, all in turn.
 onnxruntime gets as many threads as PyTorch has.
@@ -13,17 +13,18 @@ import statistics
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "config"))
 
 import base.openmp  # noqa: F401
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
 from base.console import Parser, run_script
+from base.errors import MissingFile
 from base.images import read_image, to_bgr8
 from dataset import to_tensor
 from runs.restore import open_network, restore
@@ -32,7 +33,11 @@ from timing import alternate
 SIZES = ("481x321", "1x1", "3x2", "33x17", "120x101")  # the first is timed
 
 
-def session(path: str) -> onnxruntime.InferenceSession:
+def session(path: str) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise MissingFile("this needs some packages: pip install -r requirements-onnx.txt") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
