@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from base.console import log
 from base.devices import autocast
@@ -66,8 +67,8 @@ def plain(network: nn.Module) -> nn.Module:
     return network
 
 
-class Derained(nn.Module):
-    """The graph: RGB images (N, 3, H, W) in [0, 1] -> O - R of a stage, the same."""
+class Graph(nn.Module):
+    """What the file computes: RGB images (N, 3, H, W) in [0, 1] -> O - R of a stage, the same."""
 
     def __init__(self, network: nn.Module, stage_num: int, precision: str):
         super().__init__()
@@ -85,6 +86,8 @@ def to_onnx(network: nn.Module, stage_num: int, precision: str, metadata: dict[s
 
     `network` is on the CPU in eval mode, `precision` float32 or fp16. Raises MissingFile without the packages.
     """
+    if TorchVersion(torch.__version__) < "2.6":
+        raise MissingFile(f"format onnx needs PyTorch 2.6 or newer, not {torch.__version__}: pip install -U torch")
     try:
         import onnx  # extras, which take two seconds to import
         import onnxscript
@@ -94,7 +97,7 @@ def to_onnx(network: nn.Module, stage_num: int, precision: str, metadata: dict[s
     options: dict[str, Any] = {"input_names": ["image"], "output_names": ["derained"], "opset_version": OPSET}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of PyTorch about itself
-        graph, example = Derained(network, stage_num, precision).eval(), torch.zeros(2, 3, 20, 24)
+        graph, example = Graph(network, stage_num, precision).eval(), torch.zeros(2, 3, 20, 24)
         program = torch.onnx.export(graph, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **options)
         assert program is not None
         onnxscript.optimizer.optimize(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
@@ -129,7 +132,7 @@ def export_onnx(names: list[str], overrides: dict[str, Any], stage_num: int | No
     path = Path(opened.settings.model_dir) / f"{overrides.get('run') or opened.name}.onnx"
     if path.is_file() and "run" not in overrides:
         raise Occupied(f"{path} exists: name the file with --run, which may replace one")
-    log.info(f"{opened.path}, {stage_num} stage(s), {precision}: this takes up to a minute")
+    log.info(f"{opened.path}, {stage_num} stage(s), {precision}: this takes half a minute")
     metadata = {
         "name": path.stem,
         "source": SOURCE,
