@@ -7,11 +7,11 @@ plane of the filter and permutes the filter's own orientation axis.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from fast.convolution import FilterLayer, conv2d
 
 
 def _turn(weight: Tensor, r: int) -> Tensor:
@@ -26,7 +26,7 @@ def _mirror(weight: Tensor) -> Tensor:
     return weight.flip(-2).roll(4, 2) if weight.shape[2] == 8 else weight.flip(-2)
 
 
-class GroupConv2d(FilterLayer, nn.Module):
+class GroupConv2d(nn.Module):
     """Convolution from the plane or a group to a group; the four layers below set the orientations of both sides.
 
     Arguments as `nn.Conv2d`; `in_channels` and `out_channels` count regular channels, each of which has S orientations.
@@ -67,7 +67,7 @@ class GroupConv2d(FilterLayer, nn.Module):
     def forward(self, *inputs: Tensor, constant: Tensor | None = None) -> Tensor:
         """Of feature maps (N, I_k, S, H, W), or (N, I_k, H, W), side by side in the channels: (N, O, S', H', W').
 
-        `constant` (C) as in `conv2d`, the same in all orientations.
+        `constant` (C) are the values of further channels behind them, each the same in the whole map.
         """
         planes = [self._planes(x) for x in inputs]
         known = self.in_channels * self.in_orientations
@@ -76,8 +76,16 @@ class GroupConv2d(FilterLayer, nn.Module):
             known -= len(constant)
         if sum(x.shape[1] for x in planes) != known:
             raise self._misfit(*inputs)
-        y = conv2d(planes, self.filters(), self.stride, self.padding, constant)
+        y = self.convolve(planes, constant)
         return y.unflatten(1, (self.out_channels, self.out_orientations))  # (N, O * S', H', W') -> (N, O, S', H', W')
+
+    def convolve(self, planes: Sequence[Tensor], constant: Tensor | None = None) -> Tensor:
+        """The ordinary convolution of images (N, I_k, H, W) and constant channels (C): (N, O * S', H', W')."""
+        if constant is not None:
+            number, _, height, width = planes[0].shape
+            planes = [*planes, constant.view(1, -1, 1, 1).expand(number, -1, height, width)]
+        images = torch.cat(planes, 1) if len(planes) > 1 else planes[0]
+        return F.conv2d(images, *self.make_filters(), self.stride, self.padding)
 
     def _planes(self, x: Tensor) -> Tensor:
         """(N, I, S, H, W) -> (N, I * S, H, W); checks all but I."""

@@ -3,6 +3,7 @@
     -a train    start or resume a training              main.py -a train -p sdsen --data_dir DATA
     -a test     score a run or weights on the test set  main.py -a test -m RUN --data_dir DATA
     -a export   write a run's weights as one file       main.py -a export -m RUN --run NAME
+                the same for other programs             main.py -a export -m RUN --format onnx
     -a models   list the presets                        main.py -a models
     -a tables   train the rows of the paper's tables    main.py -a tables --run dsen_rain800
     -a tilt     PSNR by the angle of the rain           main.py -a tilt -m RUN RUN --rain rain800
@@ -44,6 +45,7 @@ from fast.graphs import Replay
 from paper import command, tilt
 from presets import PRESETS
 from runs.checkpoints import EXPORT_FIELDS, choose_start, export
+from runs.onnx_export import export_onnx
 from runs.optimization import Outcome, learning_rate, split_batch, step_scores, synchronized
 from runs.restore import NEARLY_INPUT, Restoring, open_network, score_pairs
 from runs.training import Training
@@ -231,7 +233,7 @@ _TESTED = "data_dir run model_dir log_dir mirror log_level device precision memo
 ACTIONS: dict[str, Iterable[str]] = {  # and the settings that its help lists
     "train": [name for name in FIELDS if name != "show_dir"],
     "test": [*NETWORK_FIELDS, *_TESTED],
-    "export": EXPORT_FIELDS,
+    "export": [*EXPORT_FIELDS, "precision"],
     "models": [],
     "tables": [],  # see paper/command.py
     "tilt": ["rain", "seed", *_TESTED],
@@ -263,9 +265,14 @@ def main(arguments: list[str]) -> int:
     group.add_argument("-p", "--preset", help="a row of a paper's table (list: -a models); default: sdsen")
     text = "a run (its best state), RUN/latest, RUN/step_N, pretrained weights by name, a file (tilt, export: several)"
     group.add_argument("-m", "--model", nargs="+", help=text)
+    group = parser.add_argument_group("Export")
+    group.add_argument("--format", choices=("onnx",), help="onnx: a file for other programs (see docs/USE.md)")
+    group.add_argument("--stages", type=int, metavar="K", help="with --format: stop after stage K")
     known, words = parser.parse_known_args(arguments)
     names = known.model or []
     check_arguments(known.action, known.preset, names, words)
+    if (known.format or known.stages is not None) and not (known.format and known.action == "export"):
+        raise BadArgument("--format and --stages are for -a export --format onnx")
     if known.action == "tables":
         set_up_log()
         return command.main(words)
@@ -274,7 +281,7 @@ def main(arguments: list[str]) -> int:
     if known.action == "models":
         models()
     elif known.action == "export":
-        export(names, overrides)
+        export_onnx(names, overrides, known.stages) if known.format else export(names, overrides)
     else:
         with ranks.joined():
             if known.action == "tilt":

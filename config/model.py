@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import groupy
 from base.devices import autocast_dtype, without_autocast
 from base.errors import BadArgument
-from fast.convolution import SharedConv2d, filters_of, shared_filters
-from groupy import P4ConvP4, P4ConvZ2
+from fast.convolution import FilterLayer, SharedConv2d, filters_of, shared_filters
 from networks.base import Network
 from networks.coarse2fine import Coarse2Fine
 from networks.php import PHP
@@ -31,6 +31,14 @@ def _convolution(layer: type[nn.Module], in_channels: int, out_channels: int) ->
 
 def _with_activation(convolution: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv0=convolution, relu=nn.LeakyReLU(SLOPE)))
+
+
+class P4ConvZ2(FilterLayer, groupy.P4ConvZ2):
+    """With filters that the stages share."""
+
+
+class P4ConvP4(FilterLayer, groupy.P4ConvP4):
+    """With filters that the stages share."""
 
 
 class SEBlock(nn.Module):

@@ -1,6 +1,10 @@
 """The group convolutions: GrouPy's outputs, equivariance, initial weights, and what they refuse."""
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,6 +86,26 @@ def test_initial_distribution_leaves_the_orientations_out(cls):
     assert 0.5 * bound < layer.bias.abs().max() <= bound
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert list(cls(6, 4, 5, bias=False).state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_constant_channels_are_those_of_a_full_feature_map(cls):
+    layer = make(cls, 3, 2, 3, padding=1)
+    x, constant = torch.randn(2, 1, cls.in_orientations, 6, 7).double(), torch.randn(2).double()
+    full = constant.view(1, 2, 1, 1, 1).expand(2, -1, cls.in_orientations, 6, 7)
+    assert torch.equal(layer(x, constant=constant), layer(torch.cat([x, full], 1)))
+
+
+def test_a_copy_of_the_file_works_alone(tmp_path):
+    """As docs/USE.md says: outside the repository, with PyTorch alone."""
+    shutil.copy(groupy.__file__, tmp_path)
+    code = (
+        "import groupy, torch; print(*groupy.P4ConvP4(2, 3, 5)(groupy.P4ConvZ2(3, 2, 3)(torch.ones(1, 3, 9, 9))).shape)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "3", "4", "3", "3"]
 
 
 def test_gradients_after_an_evaluation():

@@ -11,16 +11,21 @@ from base.errors import BadArgument
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def available() -> list[str]:
+    """The kinds of devices that PyTorch finds, the fastest first."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind in kinds if kinds[kind]]
+
+
 def pick_device(name: str) -> torch.device:
     """The device of setting `device`; a CUDA device becomes the current one, each process's own. Raises BadArgument."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [kind for kind in kinds if kinds[kind]]
+    kinds = available()
     try:
-        device = torch.device(available[0] if name == "auto" else name)
+        device = torch.device(kinds[0] if name == "auto" else name)
     except RuntimeError:
         raise BadArgument(f"device {name!r} is not one of auto, cpu, mps, cuda, cuda:N") from None
-    if device.type not in available:
-        raise BadArgument(f"device {name!r} is not available here; PyTorch finds {', '.join(available)}")
+    if device.type not in kinds:
+        raise BadArgument(f"device {name!r} is not available here; PyTorch finds {', '.join(kinds)}")
     if device.type != "cuda":
         return device
     number, count = ranks.local()

@@ -4,7 +4,7 @@
 the CPU go through winograd.py, and those under autocast through `HalfConvolution`. The rest is PyTorch's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -52,15 +52,18 @@ class Filters:
 class FilterLayer:
     """For a convolution layer: the filters that it makes of its parameters, anew in each forward pass."""
 
+    make_filters: Callable[[], tuple[Tensor, Tensor | None]]  # the ordinary convolution's (O, I, k, k) and bias (O)
+    stride: Pair
+    padding: Pair
     shared: Filters | None = None  # see `shared_filters`
-
-    def make_filters(self) -> tuple[Tensor, Tensor | None]:
-        """The ordinary convolution's filters (O, I, k, k) and bias (O)."""
-        return self.weight, self.bias
 
     def filters(self) -> Filters:
         """Those of this forward pass, within `shared_filters`, or new ones."""
         return Filters(*self.make_filters()) if self.shared is None else self.shared
+
+    def convolve(self, inputs: Sequence[Tensor], constant: Tensor | None = None) -> Tensor:
+        """`conv2d` with these filters."""
+        return conv2d(inputs, self.filters(), self.stride, self.padding, constant)
 
 
 def filters_of(network: nn.Module) -> dict[FilterLayer, Filters]:
@@ -93,8 +96,11 @@ def shared_filters(filters: dict[FilterLayer, Filters]) -> Iterator[None]:
 class SharedConv2d(FilterLayer, nn.Conv2d):
     """An ordinary convolution (N, I, H, W) -> (N, O, H', W'), of one feature map or of several side by side."""
 
+    def make_filters(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
     def forward(self, *inputs: Tensor, constant: Tensor | None = None) -> Tensor:
-        return conv2d(inputs, self.filters(), self.stride, self.padding, constant)
+        return self.convolve(inputs, constant)
 
 
 def conv2d(

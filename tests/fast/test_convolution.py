@@ -15,7 +15,7 @@ from base.devices import autocast
 from fast import convolution
 from fast.any_size import rain_layers
 from fast.convolution import Filters, SharedConv2d, conv2d, filters_of, shared_filters
-from groupy import P4ConvP4, P4ConvZ2
+from model import P4ConvP4, P4ConvZ2
 from settings import resolve
 
 CPU = torch.device("cpu")
