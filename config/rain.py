@@ -1,8 +1,8 @@
 """Synthetic rain on clean images, in styles fitted to the data sets of the paper.
 
-    python config/rain.py draw CLEAN DATA --count 5         # makes a data set: DATA/train, val and test
-    python config/rain.py draw CLEAN DATA/train             # makes one folder of joined pairs
-    python config/rain.py compare PAIRS --style rain100h    # compares it with real pairs
+    python config/rain.py draw CLEAN DATA --count 5        # makes DATA/train, DATA/val and DATA/test
+    python config/rain.py draw CLEAN DATA/train            # makes one folder of joined pairs
+    python config/rain.py compare PAIRS --style rain100h   # compares it with real pairs
 
 Exit status: 0 all done; 1 some images left out and named; 2 nothing done.
 """
