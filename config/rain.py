@@ -1,6 +1,6 @@
 """Synthetic rain on clean images, in styles fitted to the data sets of the paper.
 
-    python config/rain.py draw CLEAN DATA --count 5        # makes DATA/train, DATA/val and DATA/test
+    python config/rain.py draw CLEAN DATA --count 5        # makes DATA/train, val and test
     python config/rain.py draw CLEAN DATA/train            # makes one folder of joined pairs
     python config/rain.py compare PAIRS --style rain100h   # compares it with real pairs
 
