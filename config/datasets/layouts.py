@@ -16,7 +16,7 @@ BOTH_FOLDERS = "two folders of clean and of rainy images are taken by convert.py
 
 
 class Layout(NamedTuple):
-    """How a data set's folders are called: patterns, in lower case. The files' contents tell what they hold."""
+    """Patterns of a data set's folder names, in lower case. The files' contents tell what they hold."""
 
     folder: str  # matches folders of this set and of no other, in a download that holds several sets
     train_folder: str = "$^"  # matches folders that hold the training set without "train" in their names
