@@ -5,8 +5,8 @@ The ground truth is on the left, the rainy image on the right.
     python config/convert.py rain800 ~/Downloads/rain800 --data_dir data/rain800
     python config/convert.py own --train PAIRS --data_dir data/mine
 
-SOURCE may hold several sets: folders of the other sets are left out and listed. The files' contents tell whether they are
-joined pairs or rainy and clean images with equal names. Exit status: 0 all converted; 1 some pairs left out, named
+SOURCE may hold several sets: folders of the other sets are left out and listed. The files' contents tell whether they
+are joined pairs or rainy and clean images with equal names. Exit status: 0 all converted; 1 some pairs left out, named
 in data_dir/convert_report.txt; 2 nothing done. A second run completes an interrupted one.
 """
 
