@@ -107,11 +107,11 @@ def test_lines_of_the_log_leave_the_bar_whole(clock, monkeypatch, capsys):
     assert "0/3" in after
 
 
-def test_lines_of_progress_go_through_the_log_once(monkeypatch, capsys):
+def test_lines_of_progress_go_through_the_log_once(monkeypatch, capsys, caplog):
     monkeypatch.setattr(Progress, "EVERY", 0)
     monkeypatch.setattr(log, "handlers", [LogHandler(sys.stdout)])
     monkeypatch.setattr(log, "propagate", False)
-    monkeypatch.setattr(log, "level", logging.INFO)
+    caplog.set_level(logging.INFO, log.name)  # which also clears the cache of levels
     for _ in Progress(range(4), unit="image"):
         pass
     assert [line.split(" images")[0] for line in capsys.readouterr().out.splitlines()] == ["1 of 4", "2 of 4", "3 of 4"]
