@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-import model
 from base import devices
 from base.errors import DamagedFile, MissingFile
 from base.files import ROOT
 from networks.base import Network
 from runs import checkpoints
 from runs.restore import restore
+from settings import resolve
 
 
 class Derain(nn.Module):
@@ -65,6 +65,5 @@ def load(weights: str) -> Derain:
     if hashlib.sha256(path.read_bytes()).hexdigest() != sums[path.name]:
         raise DamagedFile(f"{path} is not the file of models/SHA256SUMS: get the repository again")
     checkpoint = checkpoints.load(path)
-    network = model.build(checkpoint.settings or weights)
-    checkpoints.load_weights(network, checkpoint, path)
+    network = checkpoints.build(checkpoint.settings or resolve(), checkpoint, path)
     return Derain(network).to(devices.available()[0]).eval()
